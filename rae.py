@@ -1,0 +1,187 @@
+"""The frozen autoencoder between images and latents, and the cache of latents that training reads.
+
+An RAE is an encoder, a decoder and statistics that bring the latents to mean 0 and a chosen variance. Images are
+(B, 3, H, W) in [0, 1], latents (B, C, h, w). The one here:
+
+    toy    linear, in closed form: principal components of the training pictures' patches. It is fitted in a second and
+           travels inside the checkpoint. It knows colours and edges, nothing of what is in a picture.
+"""
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+from data import UsageError, UserError, write_whole
+
+
+class RAE(nn.Module):
+    """encoder: (B, 3, H, W) in [0, 1] -> (B, C, h, w); decoder: the way back; latent_mean and latent_var: broadcast
+    to (C, h, w). image_size: what the denoiser's latents decode to; patch_size: pixels to a side of a latent's pixel."""
+
+    def __init__(self, encoder, decoder, latent_mean, latent_var, image_size, patch_size, name):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.register_buffer("latent_mean", latent_mean)
+        self.register_buffer("latent_var", latent_var)
+        self.image_size, self.patch_size, self.name = image_size, patch_size, name
+        self.eval().requires_grad_(False)
+
+    @property
+    def latent_shape(self):
+        side = self.image_size // self.patch_size
+        return (len(self.latent_mean), side, side)
+
+    @property
+    def std(self):
+        return (self.latent_var + 1e-5).sqrt()                             # the official RAE's eps, in both directions
+
+    @torch.no_grad()
+    def encode(self, images):
+        """(B, 3, H, W) in [0, 1] -> (B, C, h, w). ValueError where H or W is no multiple of the patch."""
+        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
+            raise ValueError(f"{tuple(images.shape[2:])} is not divisible by the patch of {self.patch_size} pixels")
+        return (self.encoder(images) - self.latent_mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """(B, C, h, w) -> (B, 3, H, W), not clamped: whoever makes a picture of it clamps."""
+        return self.decoder(latents * self.std + self.latent_mean)
+
+    def saved(self):
+        """What a checkpoint keeps of it; load_rae is the way back."""
+        config = {"name": self.name, "image_size": self.image_size, "patch_size": self.patch_size}
+        return {**config, "state": {key: value.cpu() for key, value in self.state_dict().items()}}
+
+    def fingerprint(self):
+        """A hash of every number that decides about its latents."""
+        digest = hashlib.sha256(f"{self.name} {self.image_size}".encode())
+        for key, value in self.state_dict().items():
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def to_float(images):
+    """uint8 pictures -> float in [0, 1]."""
+    return images.float() / 255
+
+
+def to_uint8(images):
+    """Decoded images, about [0, 1] -> uint8 pictures."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# ---- toy: principal components of patches ---------------------------------------------------------------------------
+
+TOY_PATCH = 16                                                            # pixels
+
+
+def fit_rae(name, images, patch_size=TOY_PATCH, channels=64):
+    """An autoencoder fitted on training pictures, uint8 (N, 3, S, S). Deterministic; float64 inside."""
+    if name != "toy":
+        raise ValueError(f"unknown autoencoder {name!r}: 'toy' is the one that is fitted")
+    N, _, S, _ = images.shape
+    p, D = patch_size, 3 * patch_size ** 2
+    if S % p:
+        raise UsageError(f"--image-size {S} is not a multiple of the toy autoencoder's patch of {p} pixels")
+
+    total, square, count = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64), 0
+    for part in images.split(500):
+        patches = nn.functional.unfold(to_float(part), p, stride=p)       # (n, D, patches), D = 3 * p * p
+        patches = patches.transpose(1, 2).reshape(-1, D).double()
+        total, square, count = total + patches.sum(0), square + patches.T @ patches, count + len(patches)
+    mean = total / count
+    variances, components = torch.linalg.eigh(square / count - torch.outer(mean, mean))
+    variances = variances.flip(0)[:channels].clamp(min=0)                 # (channels,), largest first
+    components = components.flip(1)[:, :channels].T                       # (channels, D)
+
+    # Half whitening: divide by std ** 0.5, then one scale to RMS 1. No whitening drowns the fine components, full
+    # whitening makes every one of them, mostly noise, as important to the loss as the coarsest.
+    half = variances.sqrt()
+    latent_var = half * (variances / half.clamp(min=1e-12)).mean()
+
+    rae = toy_rae(channels, p, S)
+    rae.load_state_dict({"encoder.1.weight": components[:, :, None, None], "encoder.1.bias": -components @ mean,
+                         "decoder.0.weight": components.T[:, :, None, None], "decoder.0.bias": mean,
+                         "latent_mean": torch.zeros(channels, 1, 1), "latent_var": latent_var.view(-1, 1, 1)})
+    return rae
+
+
+def toy_rae(channels, patch_size, image_size):
+    D = 3 * patch_size ** 2
+    encoder = nn.Sequential(nn.PixelUnshuffle(patch_size), nn.Conv2d(D, channels, 1))
+    decoder = nn.Sequential(nn.Conv2d(channels, D, 1), nn.PixelShuffle(patch_size))
+    statistics = torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
+    return RAE(encoder, decoder, *statistics, image_size, patch_size, "toy")
+
+
+def load_rae(saved, device="cpu"):
+    """The autoencoder of a checkpoint, from what RAE.saved() kept."""
+    rae = toy_rae(len(saved["state"]["latent_var"]), saved["patch_size"], saved["image_size"])
+    rae.load_state_dict(saved["state"])
+    return rae.to(device)
+
+
+# ---- The cache of latents -------------------------------------------------------------------------------------------
+
+class LatentCache:
+    """Latents of a data set, both flips, float16, memory-mapped: folder/latents.npy (N, 2, C, h, w).
+
+    The folder's name holds a hash of what made them (data set, autoencoder). Chunks of pictures are encoded by the
+    processes in turn and ticked off in done.npy, so an interrupted encoding goes on where it stopped.
+    """
+    chunk = 256                                                           # pictures; always the same ones together
+
+    def __init__(self, dataset, rae, root, rank=0, world=1):
+        self.labels = dataset.labels
+        manifest = {"data": dataset.recipe, "autoencoder": rae.fingerprint(), "dtype": "float16", "chunk": self.chunk,
+                    "shape": [len(dataset.labels), 2, *rae.latent_shape]}
+        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = root / f"{dataset.name}-{rae.name}-{key}"
+        if rank == 0 and not (self.folder / "manifest.json").exists():
+            self._create(manifest)
+        barrier()
+        found = json.loads((self.folder / "manifest.json").read_text())
+        if found != manifest:
+            raise UserError(f"{self.folder} was made with other settings than its name says: remove the folder")
+        self.latents = np.load(self.folder / "latents.npy", mmap_mode="r+")
+        done = np.load(self.folder / "done.npy", mmap_mode="r+")
+        todo = [c for c in range(rank, len(done), world) if not done[c]]
+        for c in tqdm(todo, desc="encoding", unit="chunk", disable=rank != 0 or not todo, leave=False):
+            self._encode(dataset, rae, slice(c * self.chunk, min((c + 1) * self.chunk, len(self.labels))))
+            done[c] = True
+        barrier()
+
+    def _create(self, manifest):
+        size = 2 * int(np.prod(manifest["shape"]))                        # bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < size * 1.05:
+            raise UserError(f"the latents need {size / 1e9:.1f} GB but {self.folder} has {free / 1e9:.1f} GB free")
+        np.lib.format.open_memmap(self.folder / "latents.npy", "w+", np.float16, tuple(manifest["shape"]))
+        chunks = -(-manifest["shape"][0] // self.chunk)
+        np.lib.format.open_memmap(self.folder / "done.npy", "w+", bool, (chunks,))
+        with write_whole(self.folder / "manifest.json") as part:          # last: its presence says the files are there
+            part.write_text(json.dumps(manifest, indent=1))
+
+    def _encode(self, dataset, rae, where):
+        images = to_float(dataset.load(range(where.start, where.stop))).to(rae.latent_var.device)
+        for flip in (0, 1):
+            z = rae.encode(images.flip(3) if flip else images).half()
+            if not z.isfinite().all():
+                raise UserError(f"the latents of pictures {where.start} to {where.stop - 1} are not finite in float16")
+            self.latents[where, flip] = z.cpu().numpy()
+        self.latents.flush()
+
+    def batch(self, indices, flips):
+        """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
+        return torch.from_numpy(self.latents[indices, flips]), self.labels[indices]
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,61 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def make_photos(folder, classes=("left", "right", "top"), each=12, size=(40, 34)):
+    """Class folders of small pictures: a bright patch at a place that the class decides, on noise."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 80, (size[1], size[0], 3), dtype=np.uint8)
+            pixels[5 + 7 * label:15 + 7 * label, 5 + 5 * label:20 + 5 * label, label % 3] = 250
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return make_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a short finished run on three classes of photographs."""
+    import train
+    folder = tmp_path_factory.mktemp("trained")
+    make_photos(folder / "photos")
+    train.main(train_args(folder, "--steps", "4"))
+    return folder / "out" / "run"
+
+
+def train_args(folder, *more):
+    """Arguments of the smallest honest run: 2 x 2 tokens, float32, the CPU."""
+    return ["--dataset", str(folder / "photos"), "--image-size", "32", "--batch-size", "8", "--device", "cpu",
+            "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"), "--log-every", "2",
+            "--sample-every", "1000", "--save-every", "1000", *more]
+
+
+def relative_l2(a, b):
+    """Between two dicts of tensors, over all their numbers."""
+    difference = sum((a[k].double() - b[k].double()).square().sum() for k in a)
+    return float((difference / sum(b[k].double().square().sum() for k in b)).sqrt())
+
+
+def equal(a, b):
+    """Bit equality of nested dicts, lists, tensors and values."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b

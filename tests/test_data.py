@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import (PictureFolder, ToyFlowers, UsageError, UserError, global_batch, keyed_generator, load_dataset,
+                  user_errors, write_whole)
+
+
+def test_every_epoch_is_a_permutation():
+    n, batch = 10, 4
+    row = np.concatenate([global_batch(n, batch, step, seed=3) for step in range(10)])       # 40 = 4 epochs
+    epochs = row.reshape(4, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert np.array_equal(row[28:32], global_batch(n, batch, 7, seed=3))                     # alone, and across a boundary
+    assert not np.array_equal(row[:4], global_batch(n, batch, 0, seed=4))
+    assert sorted(global_batch(3, 6, 0, seed=0)) == [0, 0, 1, 1, 2, 2]                       # fewer pictures than a batch
+
+
+def test_keyed_generators():
+    def draw(*key):
+        return torch.rand(3, generator=keyed_generator(*key)).tolist()
+    keys = [("eps", 0, 1, 2), ("eps", 0, 2, 1), ("eps", 0, 12), ("sample", 0, 1, 2), ("eps", 0, 1, 2, 0)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+    assert draw(*keys[0]) == draw(*keys[0])
+
+
+def test_toy_is_deterministic_and_balanced():
+    a, b = ToyFlowers(32), ToyFlowers(32)
+    assert torch.equal(a.load([5, 77, 3000]), b.load([5, 77, 3000])) and a.recipe == b.recipe
+    assert torch.equal(a.load(range(60))[7], a.load([7])[0])
+    assert torch.bincount(a.labels).tolist() == [1000] * 10 and len(a.classes) == 10
+    test = ToyFlowers(32, "test")
+    assert len(test.labels) == 2000 and not torch.equal(test.load([0]), a.load([0]))
+    pictures = a.load(range(200)).float()
+    assert pictures.dtype == torch.float32 and pictures.std() > 40
+
+
+def test_toy_species_differ_and_scale():
+    """The same flower at two sizes is the same picture; two species are not."""
+    small, large = ToyFlowers(32).load(range(10)).float(), ToyFlowers(64).load(range(10)).float()
+    shrunk = torch.nn.functional.avg_pool2d(large, 2)
+    same = (small - shrunk).abs().flatten(1).mean(1)
+    other = (small - shrunk.roll(1, 0)).abs().flatten(1).mean(1)
+    assert (same < 8).all() and (other > 2 * same).all()
+
+
+def test_folder(photos):
+    found = PictureFolder(photos, 32)
+    assert found.classes == ["left", "right", "top"] and found.name == "photos"
+    assert torch.bincount(found.labels).tolist() == [12, 12, 12]
+    pictures = found.load([0, 13, 25])
+    assert pictures.shape == (3, 3, 32, 32) and pictures.dtype == torch.uint8
+    with Image.open(photos / "left" / "0.png") as picture:                 # 40 x 34: the middle 34 columns
+        expected = np.asarray(picture.crop((3, 0, 37, 34)).resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(pictures[0].permute(1, 2, 0).numpy(), expected)
+    (photos / "left" / "notes.txt").write_text("not a picture")
+    (photos / "left" / ".hidden.png").write_text("nor this")
+    assert PictureFolder(photos, 32).recipe == found.recipe
+    Image.new("RGB", (50, 50)).save(photos / "left" / "more.png")
+    assert PictureFolder(photos, 32).recipe != found.recipe
+
+
+def test_folder_reads_every_kind_of_picture(tmp_path):
+    folder = tmp_path / "set" / "only"
+    folder.mkdir(parents=True)
+    grey = Image.fromarray(np.full((20, 20), 100, np.uint8))
+    grey.save(folder / "a.png")
+    grey.convert("CMYK").save(folder / "b.jpg", quality=95)
+    grey.convert("P").save(folder / "c.gif")
+    grey.convert("RGBA").save(folder / "d.png")
+    Image.fromarray(np.full((20, 20), 100 * 257, np.uint16)).save(folder / "e.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                       # to be turned by 90 degrees
+    half = np.zeros((20, 20, 3), np.uint8)
+    half[:10] = 200
+    Image.fromarray(half).save(folder / "f.png", exif=exif)
+    found = PictureFolder(tmp_path / "set", 16).load(range(6)).float()
+    assert ((found[:5] - 100).abs() < 6).all()
+    assert (found[5, :, :, 10:] > 190).all() and (found[5, :, :, :6] < 10).all()
+
+
+def test_folder_refuses(tmp_path):
+    def refused(message, *args, kind=UserError):
+        with pytest.raises(kind, match=message):
+            load_dataset(*args).load([0])
+
+    refused("no data set is called 'nosuch'", "nosuch", 32, kind=UsageError)
+    refused("does not exist", str(tmp_path / "missing"), 32)
+    refused("has no class folders", str(tmp_path), 32)
+    (tmp_path / "rose").mkdir()
+    refused("rose has no pictures", str(tmp_path), 32)
+    (tmp_path / "rose" / "1.jpg").write_bytes(b"this is no JPEG")
+    refused("1.jpg cannot be read as a picture", str(tmp_path), 32)
+    Image.new("RGB", (64, 64)).save(tmp_path / "rose" / "1.jpg")
+    whole = (tmp_path / "rose" / "1.jpg").read_bytes()
+    (tmp_path / "rose" / "1.jpg").write_bytes(whole[:len(whole) * 2 // 3])
+    refused("1.jpg cannot be read as a picture", str(tmp_path), 32)
+    Image.new("RGB", (64, 8)).save(tmp_path / "rose" / "1.jpg")
+    refused("1.jpg is 64 x 8, smaller than", str(tmp_path), 32, 16)
+    refused("is a file", str(tmp_path / "rose" / "1.jpg"), 32)
+
+
+def test_write_whole_keeps_what_was_there(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with write_whole(path) as part:
+        part.write_text("first")
+    with pytest.raises(RuntimeError):
+        with write_whole(path) as part:
+            part.write_text("half of the sec")
+            raise RuntimeError("a bug")
+    with pytest.raises(UserError, match="cannot write .*No space left"):
+        with write_whole(path) as part:
+            raise OSError(28, "No space left on device")
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+
+
+def test_user_errors_are_one_line(capsys):
+    @user_errors
+    def main(argv=None):
+        raise UsageError("this is wrong, do that")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("error: this is wrong, do that\n")

@@ -1,0 +1,117 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from data import PictureFolder, ToyFlowers, UsageError, UserError
+from rae import LatentCache, fit_rae, load_rae, to_float, to_uint8
+
+
+@pytest.fixture(scope="module")
+def flowers():
+    return ToyFlowers(32).load(range(400))
+
+
+def test_components_are_those_of_numpy(flowers):
+    """The error of k components is what the singular values say, and no other k-dimensional code does better."""
+    rae = fit_rae("toy", flowers, patch_size=8, channels=20)
+    images = to_float(flowers).double()
+    error = (rae.double().decode(rae.encode(images)) - images).square().sum()
+    patches = images.reshape(400, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192).numpy()
+    singular = np.linalg.svd(patches - patches.mean(0), compute_uv=False)
+    assert error.item() == pytest.approx((singular[20:] ** 2).sum(), rel=1e-4)
+
+
+def test_half_whitened_to_rms_1(flowers):
+    rae = fit_rae("toy", flowers, patch_size=8, channels=20)
+    z = rae.encode(to_float(flowers))
+    assert z.shape == (400, 20, 4, 4) and rae.latent_shape == (20, 4, 4)
+    assert z.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
+    assert z.mean((0, 2, 3)).abs().max() < 1e-3
+    unit = (rae.encoder(to_float(flowers)) / z).flatten(2).median(2).values.median(0).values     # (20,), std ** 0.5
+    ratio = z.std((0, 2, 3)) / unit
+    assert (ratio / ratio.mean() - 1).abs().max() < 0.02
+
+
+def test_round_trip_and_sizes(flowers):
+    rae = fit_rae("toy", flowers, patch_size=4, channels=48)               # all components: nothing is lost
+    assert torch.equal(to_uint8(rae.decode(rae.encode(to_float(flowers)))), flowers)
+    wide = torch.rand(2, 3, 8, 20)
+    assert rae.encode(wide).shape == (2, 48, 2, 5) and rae.decode(rae.encode(wide)).shape == wide.shape
+    with pytest.raises(ValueError, match="not divisible"):
+        rae.encode(torch.rand(1, 3, 8, 10))
+    with pytest.raises(UsageError, match="not a multiple"):
+        fit_rae("toy", flowers, patch_size=5)
+
+
+def test_saved_and_loaded(flowers):
+    rae = fit_rae("toy", flowers)
+    again = load_rae(rae.saved())
+    x = to_float(flowers[:5])
+    assert torch.equal(rae.encode(x), again.encode(x)) and rae.fingerprint() == again.fingerprint()
+    assert fit_rae("toy", flowers[:200]).fingerprint() != rae.fingerprint()
+
+
+def test_few_and_plain_pictures():
+    rae = fit_rae("toy", torch.full((3, 3, 16, 16), 100, dtype=torch.uint8))
+    z = rae.encode(to_float(torch.full((1, 3, 16, 16), 100, dtype=torch.uint8)))
+    assert z.isfinite().all() and rae.decode(z).isfinite().all()
+
+
+@pytest.fixture
+def setting(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(LatentCache, "chunk", 5)                           # 36 pictures: 8 chunks
+    dataset = PictureFolder(photos, 32)
+    return dataset, fit_rae("toy", dataset.load(range(36)), channels=8), tmp_path / "latents"
+
+
+def test_cache_is_what_encode_gives(setting):
+    dataset, rae, root = setting
+    cache = LatentCache(dataset, rae, root)
+    indices, flips = np.array([0, 7, 35, 7]), np.array([0, 1, 1, 0])
+    z, y = cache.batch(indices, flips)
+    images = to_float(dataset.load(indices))
+    images[[1, 2]] = images[[1, 2]].flip(3)
+    assert z.dtype == torch.float16 and torch.allclose(z.float(), rae.encode(images), atol=2e-3)
+    assert torch.equal(y, dataset.labels[indices])
+
+
+def test_cache_continues_and_is_shared(setting):
+    dataset, rae, root = setting
+    whole = LatentCache(dataset, rae, root)
+    expected = np.array(whole.latents)
+    # Two processes, the second of which died in the middle of its chunks.
+    shutil.rmtree(whole.folder)
+    LatentCache(dataset, rae, root, rank=0, world=2)
+    half = LatentCache.__new__(LatentCache)
+    encoded = []
+    half._encode = encoded.append
+    LatentCache(dataset, rae, root, rank=1, world=2)
+    done = np.load(whole.folder / "done.npy", mmap_mode="r+")
+    done[[3, 5]] = False
+    latents = np.load(whole.folder / "latents.npy", mmap_mode="r+")
+    latents[15:20] = latents[25:30] = 0
+    assert np.array_equal(np.array(LatentCache(dataset, rae, root).latents), expected)
+    # A finished cache reads no picture at all.
+    dataset.load = None
+    assert np.array_equal(np.array(LatentCache(dataset, rae, root).latents), expected)
+
+
+def test_cache_refuses(setting, monkeypatch):
+    dataset, rae, root = setting
+    cache = LatentCache(dataset, rae, root)
+    other = fit_rae("toy", dataset.load(range(10)), channels=8)
+    assert LatentCache(dataset, other, root).folder != cache.folder
+    manifest = json.loads((cache.folder / "manifest.json").read_text())
+    (cache.folder / "manifest.json").write_text(json.dumps({**manifest, "dtype": "float32"}))
+    with pytest.raises(UserError, match="other settings"):
+        LatentCache(dataset, rae, root)
+    shutil.rmtree(cache.folder)
+    rae.latent_mean += 1e6
+    with pytest.raises(UserError, match="not finite"):
+        LatentCache(dataset, rae, root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(UserError, match="GB free"):
+        LatentCache(dataset, other, root.with_name("new"))

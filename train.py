@@ -1,0 +1,397 @@
+"""Train a Sphere Latent Encoder.
+
+    python train.py                                   # the toy: drawn flowers, about three minutes on a laptop's CPU
+    python train.py --dataset path/to/folder          # a folder with one folder of pictures for each class
+    torchrun --nproc-per-node gpu train.py --dataset path/to/folder --model SiT-B/1 --batch-size 256 --dtype bfloat16
+
+The same command again goes on where the run stopped. Everything random is a function of (seed, step, example), so
+neither a stop nor the number of processes changes the run. out/<run>/ receives args.json, log.jsonl (a line a logged
+step), samples-*.png and ckpt.pt, from which sample.py draws.
+"""
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import sphere
+from data import (ArgumentParser, ToyFlowers, UsageError, UserError, global_batch, keyed_generator, load_dataset,
+                  number, user_errors, write_whole)
+from fid import class_means, toy_table
+from model import SiT_models
+from rae import TOY_PATCH, LatentCache, fit_rae, load_rae, to_float, to_uint8
+from sample import generate, picture_grid
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+# The paper's settings (table A). Where its text gives no number the line says so: that default is ours.
+PAPER = dict(
+    model="SiT-B/1", image_size=256, batch_size=256, lr=1e-4, weight_decay=0.0, ema_decay=[0.9995, 0.9999],
+    betas=[0.9, 0.95],                                  # not given
+    warmup_steps=0, decay_last=0.0, clip=0.0,           # constant rate; a clip is not mentioned
+    noise_dist="lognorm", p_mean=0.0, p_std=1.0,        # mean and std not given
+    alpha_max=85.0, alpha_mix=89.0, mix_prob=0.2,       # angles not given: Sphere Encoder's code
+    reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,     # low or both: not clear; low measured better
+    cfg=1.0, gamma=1.0, sampling_noise="fresh", sigma=None, sample_steps=4,  # gamma and fresh or same not given
+    steps=None, epochs=None, dtype="float32", log_every=50, sample_every=2000, save_every=1000)
+
+# Small pictures, few numbers in a latent (1,024 in place of 196,608), minutes in place of days: a smaller angle hides
+# the picture, the EMA is as much shorter as the run, and a high rate that falls at the end makes up for the few steps.
+SHORT = dict(
+    PAPER, model="SiT-T/1", image_size=64, batch_size=64, steps=1500, lr=2e-3, warmup_steps=50, decay_last=0.3,
+    clip=1.0, ema_decay=[0.995, 0.98], alpha_max=75.0, cfg=1.5, sampling_noise="same", sigma=5.0,
+    sample_every=500, save_every=500)
+
+PRESETS = {"toy": SHORT, "PATH": SHORT}
+
+
+def parse_args(argv):
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="toy", help="toy, or the path of a folder with a folder of pictures for each class")
+    add("--image-size", type=number(int, 1), help="side of the pictures in pixels; a multiple of the autoencoder's patch")
+    add("--rae", default="toy", choices=("toy",), help="the autoencoder")
+    add("--data-dir", default="datasets", help="where caches of latents go")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=SiT_models, help="size and patch of the denoiser")
+    add("--class-dropout-prob", type=number(float, 0, 1), help="share of labels replaced by the null class")
+    add = parser.add_argument_group("method (sphere.py)").add_argument
+    add("--noise-dist", choices=("lognorm", "uniform", "sphere-encoder"), help="how noise levels are drawn")
+    add("--p-mean", type=number(float), help="mean of lognorm, before the sigmoid")
+    add("--p-std", type=number(float, 0), help="standard deviation of lognorm, before the sigmoid")
+    add("--alpha-max", type=number(float, 1, 89.9), help="largest noise angle, degrees")
+    add("--alpha-mix", type=number(float, 1, 89.9), help="largest noise angle of the harder range mixed in, degrees")
+    add("--mix-prob", type=number(float, 0, 1), help="share of examples from the harder range")
+    add("--reconstruct", choices=("low", "both"), help="noise levels on which Eq. 2 is taken")
+    add("--latent-consistency", type=number(float, 0), help="weight of Eq. 4 (the paper drops it: 0)")
+    add = parser.add_argument_group("optimisation").add_argument
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=number(int, 1), help="optimisation steps in all; raise it to go on with a finished run")
+    length("--epochs", type=number(int, 1), help="the same in passes over the data")
+    add("--batch-size", type=number(int, 1), help="examples a step, over all processes")
+    add("--accumulate", type=number(int, 1), default=1, help="micro-batches a step in each process, to save memory")
+    add("--lr", type=number(float, 0), help="learning rate of AdamW")
+    add("--betas", type=number(float, 0, 1), nargs=2, help="betas of AdamW")
+    add("--weight-decay", type=number(float, 0), help="weight decay of AdamW")
+    add("--warmup-steps", type=number(int, 0), help="steps over which the rate rises to --lr")
+    add("--decay-last", type=number(float, 0, 1), help="last share of the run over which the rate falls to 5%%; 0: constant")
+    add("--clip", type=number(float, 0), help="largest gradient norm; 0: no limit")
+    add("--ema-decay", type=number(float, 0, 1), nargs="+", help="decays of the averaged weights; samples use the first")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the network under autocast; weights stay float32")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--out-dir", help="default: out/<dataset>-<model>")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add("--log-every", type=number(int, 1), help="steps between lines of the log")
+    add("--sample-every", type=number(int, 1), help="steps between grids of samples")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints")
+    add = parser.add_argument_group("sampling (for the grids, and what sample.py starts from)").add_argument
+    add("--sample-steps", type=number(int, 1), help="denoising steps")
+    add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
+    add("--gamma", type=number(float, 0), help="sigma decays as (1 - t / steps) ** gamma")
+    add("--sampling-noise", choices=("fresh", "same"), help="new noise at each step, or the first again")
+    add("--sigma", type=number(float, 0), help="noise at the start of the decay (default: tan of --alpha-max)")
+
+    dataset = parser.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**PRESETS.get(dataset, PRESETS["PATH"]))
+    args = parser.parse_args(argv)
+    if args.alpha_mix < args.alpha_max:
+        parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: the mix is harder")
+    if args.out_dir is None:
+        args.out_dir = f"out/{Path(dataset).resolve().name}-{args.model.replace('/', '-')}"
+    if args.epochs is not None:
+        args.steps = None
+    return args
+
+
+# ---- One process or many --------------------------------------------------------------------------------------------
+
+def setup(device="auto"):
+    """-> rank, world, torch.device; joins the process group when torchrun started several processes."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if world == 1 and torch.cuda.device_count() > 1:
+            print(f"{torch.cuda.device_count()} GPUs are here and one is used. For all of them: "
+                  f"torchrun --nproc-per-node gpu {' '.join(sys.argv)}")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def autocast(dtype, device):
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                                        # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint at {path}") from None
+    except Exception as error:                                             # a zip, pickle or key error: not a checkpoint
+        raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def check_same_run(args, before):
+    """A run goes on with the arguments it began with; only its length and what happens beside it may change."""
+    free = {"steps", "epochs", "accumulate", "device", "log_every", "sample_every", "save_every", "data_dir", "out_dir",
+            "sample_steps", "cfg", "gamma", "sampling_noise", "sigma"}
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(args).items()
+               if name not in free and before.get(name) != value]
+    if changed:
+        raise UserError(f"{args.out_dir} holds a run with other settings ({'; '.join(changed)}): "
+                        "give the same ones to resume it, or another --out-dir")
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+def learning_rate(step, args):
+    rate = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+    falling = args.steps * args.decay_last                                 # steps; over them the rate falls to 5%
+    return rate * min(1, 0.05 + 0.95 * (args.steps - step) / falling) if falling else rate
+
+
+def by_angle(values, sigma):
+    """Sums of values (n,) and counts in four bins of the noise angle: 0-22.5, 22.5-45, 45-67.5, 67.5-90 degrees."""
+    bins = (torch.rad2deg(torch.atan(sigma)) / 22.5).long().clamp(max=3)
+    return torch.zeros(8, device=values.device).index_add(0, bins, values).index_add(0, bins + 4, torch.ones_like(values))
+
+
+@user_errors
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = setup(args.device)
+    try:
+        train(args, rank, world, device)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def train(args, rank, world, device):
+    say = print if rank == 0 else lambda *_: None
+    if args.batch_size % (world * args.accumulate):
+        raise UsageError(f"--batch-size {args.batch_size} is not divisible by {world} processes x --accumulate "
+                         f"{args.accumulate}")
+    micro = args.batch_size // (world * args.accumulate)
+    out = Path(args.out_dir)
+    checkpoint = None
+    if (out / "ckpt.pt").exists():
+        checkpoint = load_checkpoint(out / "ckpt.pt")
+        check_same_run(args, checkpoint["args"])
+
+    # Data, autoencoder, latents. The first process fits the autoencoder; the others receive it.
+    dataset = load_dataset(args.dataset, args.image_size, min_side=TOY_PATCH)
+    saved = [checkpoint["rae"] if checkpoint else None]
+    if not checkpoint and rank == 0:
+        some = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", args.seed))[:2000]
+        saved = [fit_rae(args.rae, dataset.load(some)).saved()]
+    if world > 1:
+        dist.broadcast_object_list(saved)
+    rae = load_rae(saved[0], device)
+    latents = LatentCache(dataset, rae, Path(args.data_dir) / "latents", rank, world)
+    N, num_classes = len(dataset.labels), len(dataset.classes)
+    if args.epochs is not None:
+        args.steps = -(-args.epochs * N // args.batch_size)
+
+    # Model, optimizer, EMAs. `model` is always the raw one; `parallel` is what averages gradients.
+    torch.manual_seed(args.seed)
+    C, side, _ = rae.latent_shape
+    model = SiT_models[args.model](input_size=side, in_channels=C, num_classes=num_classes,
+                                   class_dropout_prob=args.class_dropout_prob).to(device)
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    emas = {str(decay): {k: v.clone() for k, v in model.state_dict().items()} for decay in args.ema_decay}
+    start = 0
+    if checkpoint:
+        start = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for decay, ema in emas.items():
+            for name, value in ema.items():
+                value.copy_(checkpoint["ema"][decay][name])
+        checkpoint = None                                                  # its tensors are no longer needed
+
+    say(f"{args.dataset}: {N:,} pictures of {num_classes} classes, latents {C} x {side} x {side} (L = {C * side * side:,})\n"
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} numbers, {world} x {device.type}, {args.dtype}, "
+        f"batch {args.batch_size} = {world} x {args.accumulate} x {micro}, {args.steps} steps "
+        f"({args.steps * args.batch_size / N:.1f} epochs)")
+    if start >= args.steps:
+        say(f"{out} is finished at step {start}: raise --steps to go on, or draw from it: python sample.py --ckpt {out}/ckpt.pt")
+        return
+    if start:
+        say(f"resuming {out} at step {start}")
+    if rank == 0:
+        with write_whole(out / "args.json") as part:
+            part.write_text(json.dumps(vars(args), indent=1))
+        log = out / "log.jsonl"                                            # lines after the checkpoint are made again
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if log.exists() else []
+        with write_whole(log) as part:
+            part.write_text("".join(line + "\n" for line in kept))
+
+    def save(step):
+        state = {"model": model.state_dict(), "ema": emas, "optimizer": optimizer.state_dict(), "step": step,
+                 "args": vars(args), "classes": dataset.classes, "rae": rae.saved()}
+        with write_whole(out / "ckpt.pt") as part, open(part, "wb") as file:
+            torch.save(state, file)
+
+    def draw(indices, steps):
+        """Pictures from the first EMA, label = index mod classes."""
+        def denoiser(v, y):
+            return torch.func.functional_call(model, emas[str(args.ema_decay[0])], (v, y))
+        model.eval()
+        labels = indices % num_classes
+        sigma = args.sigma or sphere.angle_to_sigma(args.alpha_max)
+        with autocast(args.dtype, device), torch.no_grad():
+            images = torch.cat([generate(denoiser, rae, part, (part % num_classes).to(device), args.seed, steps,
+                                         num_classes, cfg_scale=args.cfg, gamma=args.gamma, noise=args.sampling_noise,
+                                         sigma=sigma) for part in indices.split(50)])
+        model.train()
+        return images, labels
+
+    def draw_grid(step):
+        columns = min(num_classes, 10)
+        images, labels = draw(torch.arange(4 * num_classes if num_classes <= 10 else 40), args.sample_steps)
+        with write_whole(out / f"samples-{step:07d}.png") as part:
+            picture_grid(images, columns, [dataset.classes[label] for label in labels]).save(part)
+
+    model.train()
+    bar = tqdm(total=args.steps, initial=start, desc=str(out), unit="step", disable=rank != 0)
+    clock, clock_step = time.perf_counter(), start
+    for step in range(start, args.steps):
+        # What is small is drawn for the global batch, then each process takes its part.
+        g = keyed_generator("batch", args.seed, step)
+        sigma_hi, sigma_lo = sphere.noise_pair(args.batch_size, args.noise_dist, args.p_mean, args.p_std, args.alpha_max,
+                                               args.alpha_mix, args.mix_prob, generator=g)
+        drop = torch.rand(args.batch_size, generator=g) < args.class_dropout_prob
+        flips = torch.randint(2, (args.batch_size,), generator=g)
+        indices = global_batch(N, args.batch_size, step, args.seed)
+
+        to_log = (step + 1) % args.log_every == 0 or step + 1 == args.steps
+        logged = 0
+        for m in range(args.accumulate):
+            first = (rank * args.accumulate + m) * micro
+            mine = slice(first, first + micro)
+            z, y = (t.to(device) for t in latents.batch(indices[mine], flips[mine].numpy()))    # (b, C, h, w), (b,)
+            z = z.float()
+            hi, lo, dropped = (t[mine].to(device) for t in (sigma_hi, sigma_lo, drop))
+
+            def noise(name):
+                return torch.stack([torch.randn(z.shape[1:], device=device, generator=keyed_generator(
+                    name, args.seed, step, i, device=device)) for i in range(first, first + micro)])
+
+            def denoiser(v, y):                                            # both noise levels of an example drop its label
+                with autocast(args.dtype, device):
+                    return parallel(v, y, drop=dropped.repeat(len(v) // micro))
+
+            last = m == args.accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else parallel.no_sync():
+                losses, (z_hi, z_lo) = sphere.training_losses(
+                    denoiser, z, y, hi, lo, noise("eps"), args.reconstruct,
+                    noise("eps again") if args.latent_consistency else None)
+                loss = losses["reconstruction"] + losses["consistency"]
+                if args.latent_consistency:
+                    loss = loss + args.latent_consistency * losses["latent_consistency"]
+                (loss / args.accumulate).backward()
+            if to_log:
+                with torch.no_grad():
+                    l1, cosine = sphere.l1_and_cosine(torch.cat([z_hi, z_lo]), torch.cat([z, z]))
+                parts = torch.stack([loss, *losses.values()]).detach() / (args.accumulate * world)
+                logged = logged + torch.cat([parts, by_angle(50 * l1 + cosine, torch.cat([hi, lo]))])
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf).item()
+        if not math.isfinite(grad_norm):
+            raise UserError(f"step {step}: the gradient norm is {grad_norm}, so the run stops before the weights are hurt; "
+                            f"{out}/ckpt.pt is the last good one: try a lower --lr, --clip 1 or --dtype float32")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for decay, ema in emas.items():
+                warm = min(float(decay), (1 + step) / (10 + step))         # or the first weights would linger
+                for name, value in model.state_dict().items():
+                    ema[name].lerp_(value, 1 - warm)
+
+        bar.update()
+        step += 1
+        if to_log:
+            if world > 1:
+                dist.all_reduce(logged)
+            loss, *parts = logged[:-8].tolist()
+            sums, counts = logged[-8:-4], logged[-4:]
+            now = time.perf_counter()
+            line = {"step": step, "epoch": round(step * args.batch_size / N, 3), "loss": loss,
+                    **dict(zip(losses, parts)), "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
+                    "loss_by_angle": [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist())],
+                    "images_per_s": (step - clock_step) * args.batch_size / (now - clock),
+                    "memory_gb": peak_memory_gb(device)}
+            clock, clock_step = now, step
+            if rank == 0:
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                angles = " ".join("-" if value is None else f"{value:.1f}" for value in line["loss_by_angle"])
+                bar.write(f"step {step} loss {loss:.2f} (" + " ".join(f"{k} {v:.2f}" for k, v in zip(losses, parts)) +
+                          f") grad {grad_norm:.1f} | at 0-22-45-68-90 deg {angles} | {line['images_per_s']:.0f} images/s "
+                          f"{line['memory_gb']:.1f} GB")
+        if rank == 0 and (step % args.save_every == 0 or step == args.steps):
+            save(step)
+        if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
+            draw_grid(step)
+    bar.close()
+
+    say(f"{out}/ckpt.pt is the run at step {args.steps}; draw from it: python sample.py --ckpt {out}/ckpt.pt")
+    if args.dataset == "toy" and rank == 0:
+        report_quality(args, rae, draw, dataset, out)
+    if world > 1:
+        dist.barrier()
+
+
+def report_quality(args, rae, draw, dataset, out, n=500):
+    """The toy's own number: Frechet distances of n pictures to the training set, in two feature spaces of fid.py."""
+    train = dataset.load(range(len(dataset.labels)))
+    test_set = ToyFlowers(args.image_size, "test")
+    test, labels = test_set.load(range(n)), test_set.labels[:n]
+    decoded = to_uint8(rae.decode(rae.encode(to_float(test).to(rae.latent_var.device)))).cpu()
+    rows = [("held-out (the floor)", test, labels), ("held-out, reconstructed", decoded, labels),
+            ("class means (to beat)", class_means(train, dataset.labels)[:n], dataset.labels[:n])]
+    rows += [(f"{steps} step{'s'[:steps > 1]}", *draw(torch.arange(n), steps)) for steps in (1, 2, 4, 8)]
+    table = toy_table(train, dataset.labels, rows)
+    with write_whole(out / "quality.json") as part:
+        part.write_text(json.dumps(table, indent=1))
+    print(f"\n{n} pictures a row; guidance {args.cfg:g}, {args.sampling_noise} noise; not FID: the toy's own features\n"
+          f"{'':24}  Frechet distance     Frechet distance   accuracy  diversity\n"
+          f"{'':24}  (classifier, 64)  (16 x 16 pixels, 64)")
+    for row in table:
+        print(f"{row['pictures']:24}  {row['frechet_classifier']:16.2f}  {row['frechet_pixels']:20.3f}  "
+              f"{row['accuracy']:8.2f}  {row['diversity']:9.1f}")
+
+
+if __name__ == "__main__":
+    main()

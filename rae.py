@@ -3,7 +3,7 @@
 An RAE is an encoder, a decoder and statistics that bring the latents to mean 0 and a chosen variance. Images are
 (B, 3, H, W) in [0, 1], latents (B, C, h, w). The one here:
 
-    toy    linear, in closed form: principal components of the training pictures' patches. It is fitted in a second and
+    toy    linear, in closed form: principal components of the training pictures' patches. It is fitted in seconds and
            travels inside the checkpoint. It knows colours and edges, nothing of what is in a picture.
 """
 import hashlib
@@ -75,46 +75,64 @@ def to_uint8(images):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-# ---- toy: principal components of patches ---------------------------------------------------------------------------
+# ---- toy: linear, in closed form ------------------------------------------------------------------------------------
 
-TOY_PATCH = 16                                                            # pixels
+def fit_rae(name, images, patch_size=16, channels=96, latent_noise=0.2):
+    """An autoencoder fitted on training pictures, uint8 (N, 3, S, S): no step of gradient descent, float64 inside.
 
-
-def fit_rae(name, images, patch_size=TOY_PATCH, channels=64):
-    """An autoencoder fitted on training pictures, uint8 (N, 3, S, S). Deterministic; float64 inside."""
+    Encoder: the first principal components of patches, half whitened. Decoder: the linear map from the 3 x 3 latents
+    around a patch to its pixels with the least square error, given noise of standard deviation latent_noise on every
+    latent. The noise makes it lean on the neighbours where they agree, so patches of a generated picture fit together.
+    """
     if name != "toy":
         raise ValueError(f"unknown autoencoder {name!r}: 'toy' is the one that is fitted")
     N, _, S, _ = images.shape
-    p, D = patch_size, 3 * patch_size ** 2
+    p = patch_size
+    D = 3 * p * p                                                         # numbers in a patch
+    channels = min(channels, D)
     if S % p:
-        raise UsageError(f"--image-size {S} is not a multiple of the toy autoencoder's patch of {p} pixels")
+        raise UsageError(f"--image-size {S} is not a multiple of --rae-patch {p}: the picture is cut into patches")
+    rae = toy_rae(channels, p, S)
 
-    total, square, count = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64), 0
-    for part in images.split(500):
-        patches = nn.functional.unfold(to_float(part), p, stride=p)       # (n, D, patches), D = 3 * p * p
-        patches = patches.transpose(1, 2).reshape(-1, D).double()
-        total, square, count = total + patches.sum(0), square + patches.T @ patches, count + len(patches)
-    mean = total / count
-    variances, components = torch.linalg.eigh(square / count - torch.outer(mean, mean))
-    variances = variances.flip(0)[:channels].clamp(min=0)                 # (channels,), largest first
-    components = components.flip(1)[:, :channels].T                       # (channels, D)
+    # Encoder.
+    def as_patches(images):
+        return nn.functional.pixel_unshuffle(to_float(images), p).double()                 # (n, D, S / p, S / p)
+
+    parts = [as_patches(part).transpose(0, 1).flatten(1) for part in images.split(500)]    # (D, patches) each
+    count = sum(x.shape[1] for x in parts)
+    mean = sum(x.sum(1) for x in parts) / count
+    covariance = sum((x - mean[:, None]) @ (x - mean[:, None]).T for x in parts) / count
+    variances, components = torch.linalg.eigh(covariance)
+    variances, components = variances.flip(0)[:channels].clamp(min=0), components.flip(1)[:, :channels].T
+    rae.encoder[1].weight.copy_(components.view(channels, D, 1, 1))
+    rae.encoder[1].bias.copy_(-components @ mean)
 
     # Half whitening: divide by std ** 0.5, then one scale to RMS 1. No whitening drowns the fine components, full
     # whitening makes every one of them, mostly noise, as important to the loss as the coarsest.
-    half = variances.sqrt()
-    latent_var = half * (variances / half.clamp(min=1e-12)).mean()
+    std = variances.sqrt()
+    rae.latent_var.copy_((std * std.mean()).view(-1, 1, 1))               # mean of variances / latent_var is 1
 
-    rae = toy_rae(channels, p, S)
-    rae.load_state_dict({"encoder.1.weight": components[:, :, None, None], "encoder.1.bias": -components @ mean,
-                         "decoder.0.weight": components.T[:, :, None, None], "decoder.0.bias": mean,
-                         "latent_mean": torch.zeros(channels, 1, 1), "latent_var": latent_var.view(-1, 1, 1)})
+    # Decoder: normal equations of pixels = weight @ [3 x 3 latents, 1]; noise adds its variance to the diagonal.
+    def around(z):
+        return nn.functional.unfold(z, 3, padding=1).double().transpose(0, 1).flatten(1)   # (9 C, patches)
+
+    gram, target = 0, 0
+    for part, x in zip(images.split(500), parts):
+        z = around(rae.encode(to_float(part)))
+        z = torch.cat([z, torch.ones(1, z.shape[1])])                     # (9 C + 1, patches)
+        gram, target = gram + z @ z.T, target + z @ x.T
+    inside = around(torch.ones(N, channels, S // p, S // p)).sum(1)       # there is no noise in the padding
+    gram.diagonal()[:-1].add_(latent_noise ** 2 * inside + 1e-9 * count)
+    solution = torch.linalg.solve(gram, target).T                         # (D, 9 C + 1)
+    rae.decoder[0].weight.copy_(solution[:, :-1].view(D, channels, 3, 3) / rae.std)        # decode() multiplies by std
+    rae.decoder[0].bias.copy_(solution[:, -1])
     return rae
 
 
 def toy_rae(channels, patch_size, image_size):
     D = 3 * patch_size ** 2
     encoder = nn.Sequential(nn.PixelUnshuffle(patch_size), nn.Conv2d(D, channels, 1))
-    decoder = nn.Sequential(nn.Conv2d(channels, D, 1), nn.PixelShuffle(patch_size))
+    decoder = nn.Sequential(nn.Conv2d(channels, D, 3, padding=1), nn.PixelShuffle(patch_size))
     statistics = torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
     return RAE(encoder, decoder, *statistics, image_size, patch_size, "toy")
 

@@ -26,7 +26,7 @@ from data import (ArgumentParser, ToyFlowers, UsageError, UserError, global_batc
                   number, user_errors, write_whole)
 from fid import class_means, toy_table
 from model import SiT_models
-from rae import TOY_PATCH, LatentCache, fit_rae, load_rae, to_float, to_uint8
+from rae import LatentCache, fit_rae, load_rae, to_float, to_uint8
 from sample import generate, picture_grid
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -45,11 +45,12 @@ PAPER = dict(
 # Small pictures, few numbers in a latent (1,024 in place of 196,608), minutes in place of days: a smaller angle hides
 # the picture, the EMA is as much shorter as the run, and a high rate that falls at the end makes up for the few steps.
 SHORT = dict(
-    PAPER, model="SiT-T/1", image_size=64, batch_size=64, steps=1500, lr=2e-3, warmup_steps=50, decay_last=0.3,
+    PAPER, model="SiT-T/1", image_size=64, rae_patch=16, batch_size=64, steps=1500, lr=2e-3, warmup_steps=50, decay_last=0.3,
     clip=1.0, ema_decay=[0.995, 0.98], alpha_max=75.0, cfg=1.5, sampling_noise="same", sigma=5.0,
     sample_every=500, save_every=500)
 
-PRESETS = {"toy": SHORT, "PATH": SHORT}
+PRESETS = {"toy": dict(SHORT, image_size=60, rae_patch=20, steps=2400),  # 3 x 3 patches, the flower in the middle one
+           "PATH": SHORT}
 
 
 def parse_args(argv):
@@ -58,6 +59,7 @@ def parse_args(argv):
     add("--dataset", default="toy", help="toy, or the path of a folder with a folder of pictures for each class")
     add("--image-size", type=number(int, 1), help="side of the pictures in pixels; a multiple of the autoencoder's patch")
     add("--rae", default="toy", choices=("toy",), help="the autoencoder")
+    add("--rae-patch", type=number(int, 1), help="side of the toy autoencoder's patches in pixels")
     add("--data-dir", default="datasets", help="where caches of latents go")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=SiT_models, help="size and patch of the denoiser")
@@ -206,11 +208,12 @@ def train(args, rank, world, device):
         check_same_run(args, checkpoint["args"])
 
     # Data, autoencoder, latents. The first process fits the autoencoder; the others receive it.
-    dataset = load_dataset(args.dataset, args.image_size, min_side=TOY_PATCH)
+    dataset = load_dataset(args.dataset, args.image_size, min_side=args.rae_patch)
     saved = [checkpoint["rae"] if checkpoint else None]
     if not checkpoint and rank == 0:
-        some = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", args.seed))[:2000]
-        saved = [fit_rae(args.rae, dataset.load(some)).saved()]
+        some = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", args.seed))
+        some = some[:-(-40_000 // max(1, args.image_size // args.rae_patch) ** 2)]         # 40,000 patches are enough
+        saved = [fit_rae(args.rae, dataset.load(some), args.rae_patch).saved()]
     if world > 1:
         dist.broadcast_object_list(saved)
     rae = load_rae(saved[0], device)

@@ -15,13 +15,36 @@ def flowers():
 
 
 def test_components_are_those_of_numpy(flowers):
-    """The error of k components is what the singular values say, and no other k-dimensional code does better."""
+    """What k components lose is what the singular values say, and no other k-dimensional linear code loses less."""
     rae = fit_rae("toy", flowers, patch_size=8, channels=20)
-    images = to_float(flowers).double()
-    error = (rae.double().decode(rae.encode(images)) - images).square().sum()
-    patches = images.reshape(400, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192).numpy()
-    singular = np.linalg.svd(patches - patches.mean(0), compute_uv=False)
-    assert error.item() == pytest.approx((singular[20:] ** 2).sum(), rel=1e-4)
+    code = rae.encoder[1].weight.double().flatten(1)                       # (20, 192)
+    assert torch.allclose(code @ code.T, torch.eye(20).double(), atol=1e-5)
+    patches = to_float(flowers).double().reshape(400, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192)
+    centred = patches - patches.mean(0)
+    lost = (centred - centred @ code.T @ code).square().sum()
+    singular = np.linalg.svd(centred.numpy(), compute_uv=False)
+    assert lost.item() == pytest.approx((singular[20:] ** 2).sum(), rel=1e-6)
+    z = rae.encode(to_float(flowers)).flatten(2).transpose(1, 2).reshape(-1, 20)
+    assert torch.allclose(z * rae.std.view(20), (centred @ code.T).float(), atol=1e-4)
+
+
+def mean_error(rae, images, latent_noise=0.0):
+    z = rae.encode(to_float(images))
+    z = z + latent_noise * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    return (rae.decode(z) - to_float(images)).square().mean().item()
+
+
+def test_decoder_is_the_best_linear_one(flowers):
+    plain = fit_rae("toy", flowers, patch_size=8, channels=20, latent_noise=0.0)
+    robust = fit_rae("toy", flowers, patch_size=8, channels=20, latent_noise=0.5)
+    z = plain.encode(to_float(flowers)).double()
+    rows = torch.nn.functional.unfold(z, 3, padding=1).transpose(1, 2).reshape(-1, 180)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    pixels = torch.nn.functional.pixel_unshuffle(to_float(flowers), 8).flatten(2).transpose(1, 2).reshape(-1, 192)
+    residual = pixels.double() - rows @ torch.linalg.lstsq(rows, pixels.double(), driver="gelsd").solution
+    assert mean_error(plain, flowers) == pytest.approx(residual.square().mean().item(), rel=1e-4)
+    assert mean_error(robust, flowers, 0.5) < 0.8 * mean_error(plain, flowers, 0.5)
+    assert mean_error(plain, flowers) < mean_error(robust, flowers) < 3 * mean_error(plain, flowers)
 
 
 def test_half_whitened_to_rms_1(flowers):
@@ -36,7 +59,7 @@ def test_half_whitened_to_rms_1(flowers):
 
 
 def test_round_trip_and_sizes(flowers):
-    rae = fit_rae("toy", flowers, patch_size=4, channels=48)               # all components: nothing is lost
+    rae = fit_rae("toy", flowers, patch_size=4, channels=48, latent_noise=0.0)   # all components: nothing is lost
     assert torch.equal(to_uint8(rae.decode(rae.encode(to_float(flowers)))), flowers)
     wide = torch.rand(2, 3, 8, 20)
     assert rae.encode(wide).shape == (2, 48, 2, 5) and rae.decode(rae.encode(wide)).shape == wide.shape

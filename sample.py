@@ -4,7 +4,7 @@
     python sample.py --steps 2 --cfg 1 --classes daisy poppy
     python sample.py --trajectory --steps 4                # what each step predicts, from top to bottom
     python sample.py --num 200 --out pictures/             # numbered files
-    torchrun --nproc-per-node 8 sample.py --num 50000 --npz    # for FID: class-balanced, any number of processes
+    torchrun --nproc-per-node 8 sample.py --num-images 50000 --npz    # for FID: class-balanced, any number of processes
 
 Picture i has the label i mod classes and its own noise, a function of (seed, i): one seed, one picture, everywhere.
 """
@@ -38,7 +38,7 @@ def generate(denoiser, rae, indices, labels, seed, steps, null_class, trajectory
 def picture_grid(images, columns, captions):
     """uint8 (n, 3, S, S) and n captions -> a PIL image. A row is captioned where it differs from the one above."""
     n, _, S, _ = images.shape
-    zoom, strip = -(-64 // S), 16                                        # a cell has 64 pixels at least, to be read
+    zoom, strip = -(-56 // S), 16                                        # a cell has 56 pixels at least, to be read
     cell = S * zoom
     font = ImageFont.load_default(size=11)
     rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
@@ -107,7 +107,8 @@ def parse_args(argv):
     group.add_argument("--ckpt", help="a checkpoint (default: the newest in out/)")
     group.add_argument("--ema", default="first", help="which weights: an EMA's decay, first, or raw (default: first)")
     group.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all, in turn)")
-    group.add_argument("--num", type=number(int, 1), help="how many pictures (default: 4 for each class, 40 at most)")
+    group.add_argument("--num", "--num-images", type=number(int, 1), help="how many pictures (default: 4 for each class, "
+                       "40 at most); torchrun takes --num for an option of its own, so write --num-images there")
     group.add_argument("--seed", type=number(int, 0), default=0, help="picture i is a function of (seed, i) (default: 0)")
     group = parser.add_argument_group("Algorithm 1 (what is not given is taken from the run)")
     group.add_argument("--steps", type=number(int, 1), help="denoising steps; with guidance each costs two calls")

@@ -11,12 +11,13 @@ sys.path.insert(0, str(ROOT))
 
 
 def make_photos(folder, classes=("left", "right", "top"), each=12, size=(40, 34)):
-    """Class folders of small pictures: a bright patch at a place that the class decides, on noise."""
+    """Class folders of small pictures: a bright patch at a place that the class decides, on a gradient of colours."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            pixels = rng.integers(0, 80, (size[1], size[0], 3), dtype=np.uint8)
+            y, x = np.mgrid[:size[1], :size[0]][..., None] / 40
+            pixels = (rng.random(3) * 80 + x * rng.random(3) * 60 + y * rng.random(3) * 60).astype(np.uint8)
             pixels[5 + 7 * label:15 + 7 * label, 5 + 5 * label:20 + 5 * label, label % 3] = 250
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
@@ -33,7 +34,7 @@ def trained(tmp_path_factory):
     import train
     folder = tmp_path_factory.mktemp("trained")
     make_photos(folder / "photos")
-    train.main(train_args(folder, "--steps", "4"))
+    train.main(train_args(folder, "--steps", "4", "--ema-decay", "0.995", "0.1"))
     return folder / "out" / "run"
 
 

@@ -1,0 +1,194 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT, equal, relative_l2, train_args
+
+
+def load(folder):
+    return torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        (folder / "photos").symlink_to(photos)
+    command = [sys.executable, str(ROOT / "train.py"), *train_args(killed, "--steps", "100000", "--save-every", "3")]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (killed / "out" / "run" / "ckpt.pt").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped = load(killed)
+    assert stopped["step"] >= 3
+    steps = str(stopped["step"] + 4)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                               # as the process that was killed
+    train.main(train_args(killed, "--steps", steps, "--save-every", "3"))
+    train.main(train_args(whole, "--steps", steps))
+    torch.set_num_threads(threads)
+    a, b = load(killed), load(whole)
+    for part in ("model", "ema", "optimizer", "step", "rae", "classes"):
+        assert equal(a[part], b[part]), part
+    assert not equal(a["model"], stopped["model"])
+    lines = [[json.loads(line) for line in (f / "out" / "run" / "log.jsonl").read_text().splitlines()] for f in (whole, killed)]
+    timeless = [[(line["step"], line["loss"], line["grad_norm"], line["loss_by_angle"]) for line in log] for log in lines]
+    assert timeless[0] == timeless[1]
+
+
+def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
+    runs = {}
+    for name in ("one", "two", "accumulated"):
+        runs[name] = tmp_path / name
+        runs[name].mkdir()
+        (runs[name] / "photos").symlink_to(photos)
+    more = ("--steps", "20", "--latent-consistency", "0.5", "--log-every", "20")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(ROOT / "train.py"), *train_args(runs["two"], *more)], env=environment(), check=True,
+                   capture_output=True, timeout=120)
+    train.main(train_args(runs["one"], *more))
+    train.main(train_args(runs["accumulated"], *more, "--accumulate", "2"))
+    one = load(runs["one"])
+    for name in ("two", "accumulated"):
+        other = load(runs[name])
+        assert relative_l2(other["model"], one["model"]) < 1e-5
+        assert relative_l2(other["ema"]["0.995"], one["ema"]["0.995"]) < 1e-5
+        log, log_one = (json.loads((runs[n] / "out" / "run" / "log.jsonl").read_text()) for n in (name, "one"))
+        for key in ("loss", "reconstruction", "consistency", "latent_consistency", "grad_norm"):
+            assert log[key] == pytest.approx(log_one[key], rel=1e-3), key
+        for a, b in zip(log["loss_by_angle"], log_one["loss_by_angle"]):
+            assert a == (b and pytest.approx(b, rel=1e-3))
+    torch.manual_seed(0)
+    fresh = train.SiT_models["SiT-T/1"](input_size=2, in_channels=96, num_classes=3)
+    assert relative_l2(one["model"], fresh.state_dict()) > 1e-2            # they did go somewhere
+
+
+def test_ema_is_what_it_says(photos, tmp_path):
+    weights = []
+    for steps in ("1", "2", "3"):
+        train.main(train_args(tmp_path, "--steps", steps, "--ema-decay", "0.15", "0"))
+        weights.append(load(tmp_path))
+    for before, after, warm in ((0, 1, 2 / 11), (1, 2, 3 / 12)):
+        for decay in ("0.15", "0.0"):
+            d = min(float(decay), warm)
+            for name, value in weights[after]["ema"][decay].items():
+                expected = d * weights[before]["ema"][decay][name] + (1 - d) * weights[after]["model"][name]
+                assert torch.allclose(value, expected, atol=1e-7)
+
+
+def test_checkpoint_log_and_pictures(trained):
+    checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
+    assert checkpoint.keys() == {"model", "ema", "optimizer", "step", "args", "classes", "rae"}
+    assert checkpoint["step"] == 4 and checkpoint["classes"] == ["left", "right", "top"]
+    assert list(checkpoint["ema"]) == ["0.995", "0.1"]
+    assert not any("module." in key or "_orig_mod" in key for key in checkpoint["model"])
+    assert json.loads((trained / "args.json").read_text()) == checkpoint["args"]
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["reconstruction"] + line["consistency"], rel=1e-5)
+        assert len(line["loss_by_angle"]) == 4 and line["images_per_s"] > 0 and line["memory_gb"] > 0.05
+    assert (trained / "samples-0000004.png").stat().st_size > 1000
+
+
+def test_bfloat16_trains_and_the_loss_falls(photos, tmp_path):
+    train.main(train_args(tmp_path, "--steps", "80", "--dtype", "bfloat16", "--noise-dist", "uniform",
+                          "--reconstruct", "both", "--warmup-steps", "5"))
+    log = [json.loads(line) for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log]
+    assert sum(losses[-10:]) < 0.92 * sum(losses[:10])
+    assert all(value.dtype == torch.float32 for value in load(tmp_path)["model"].values())
+
+
+def test_epochs_count_in_pictures(photos, tmp_path):
+    train.main(train_args(tmp_path, "--epochs", "2"))                      # 36 pictures, 8 a step
+    assert load(tmp_path)["step"] == 9
+
+
+def test_learning_rate():
+    args = train.parse_args(["--lr", "1", "--steps", "100", "--warmup-steps", "10", "--decay-last", "0.2"])
+    rates = [train.learning_rate(step, args) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72
+    assert rates[90] == pytest.approx(0.05 + 0.95 / 2) and rates[99] == pytest.approx(0.05 + 0.95 / 20)
+    args = train.parse_args(["--lr", "1", "--steps", "100", "--warmup-steps", "0", "--decay-last", "0"])
+    assert {train.learning_rate(step, args) for step in range(100)} == {1.0}
+
+
+def test_by_angle():
+    sigma = torch.tensor([0.0, 0.3, 0.5, 1.1, 3.0, 100.0])                 # 0, 16.7, 26.6, 47.7, 71.6, 89.4 degrees
+    found = train.by_angle(torch.tensor([1.0, 2, 4, 8, 16, 32]), sigma)
+    assert found.tolist() == [3, 4, 8, 48, 2, 1, 1, 2]
+
+
+def fails(capsys, status, message, argv):
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == status and message in error, error
+
+
+def test_a_finished_run_is_left_alone_and_a_different_one_refused(trained, capsys):
+    folder, before = trained.parent.parent, (trained / "ckpt.pt").stat().st_mtime_ns
+    train.main(train_args(folder, "--steps", "4", "--ema-decay", "0.995", "0.1"))
+    assert "finished at step 4" in capsys.readouterr().out
+    fails(capsys, 1, "lr 0.002 -> 0.5", train_args(folder, "--steps", "8", "--ema-decay", "0.995", "0.1", "--lr", "0.5"))
+    assert (trained / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, capsys):
+    args = train_args(tmp_path, "--save-every", "1", "--steps", "50", "--lr", "1e30", "--clip", "0", "--warmup-steps", "0")
+    fails(capsys, 1, "the gradient norm is", args)
+    checkpoint = load(tmp_path)
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+def test_a_broken_checkpoint_is_said(photos, tmp_path, capsys):
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "out" / "run" / "ckpt.pt").write_bytes(b"PK no zip at all")
+    fails(capsys, 1, "cannot be read as a checkpoint", train_args(tmp_path))
+
+
+@pytest.mark.parametrize("message,argv", [
+    ("--steps: must be 1 or more", ["--steps", "0"]),
+    ("--cfg: must be 0 or more", ["--cfg", "-1"]),
+    ("--model: invalid choice: 'SiT-Q/1'", ["--model", "SiT-Q/1"]),
+    ("unrecognized arguments: --modle", ["--modle", "SiT-B/1"]),
+    ("no data set is called 'flowres'", ["--dataset", "flowres"]),
+    ("--batch-size 7 is not divisible by", ["--batch-size", "7", "--accumulate", "2"]),
+    ("not a multiple of --rae-patch 20", ["--image-size", "50"]),
+    ("--alpha-mix 70 is below --alpha-max 75", ["--alpha-mix", "70"]),
+    ("--lr: must be 0 or more, not nan", ["--lr", "nan"]),
+    ("--device teapot cannot be used here", ["--device", "teapot"]),
+])
+def test_bad_arguments(message, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, 2, message, argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders(photos, tmp_path, capsys):
+    (photos / "empty").mkdir()
+    fails(capsys, 1, "empty has no pictures", train_args(tmp_path))
+    fails(capsys, 1, "does not exist", ["--dataset", str(tmp_path / "missing")])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: training and resuming on one")
+def test_training_on_a_gpu(photos, tmp_path):
+    for steps in ("10", "20"):
+        train.main(train_args(tmp_path, "--steps", steps, "--device", "cuda", "--dtype", "bfloat16"))
+    log = [json.loads(line) for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]

@@ -50,7 +50,7 @@ def epoch_order(n, epoch, seed):
 # A petal is a width curve along its axis u in [0, 1], width * u^a * (1 - u)^b (scaled to reach `width`); b small: blunt,
 # b near 1: pointed. A notch draws the tip in along the axis. Lengths are in units of the flower's radius.
 SPECIES = {
-    # petals, layers, length, width,   a,   b, notch,   colour at base,    colour at tip, disc,     disc inside,      disc rim
+    # petals, layers, length, width, a, b, notch, colours at base and tip, disc, its colours inside and at the rim
     "daisy":      (14, 1, .90, .150, 0.45, .18, .00, (225, 228, 220), (255, 255, 255), .24, (250, 200, 30), (225, 150, 10)),
     "sunflower":  (15, 2, .92, .170, 0.60, .60, .00, (240, 150, 0), (255, 215, 40), .42, (95, 55, 20), (60, 35, 15)),
     "poppy":      (4, 1, .90, .640, 0.55, .16, .00, (150, 10, 10), (230, 35, 30), .16, (40, 45, 35), (15, 15, 15)),
@@ -246,8 +246,13 @@ def write_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         part.replace(path)
-    except OSError as error:                                               # full disk, no permission, name too long
-        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is untouched") from error
+    except Exception as error:                                             # full disk, no permission, name too long
+        cause = error
+        while cause is not None and not isinstance(cause, OSError):        # torch.save wraps it in a RuntimeError
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}; what was there before is untouched") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -36,32 +36,38 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 class ToyFeatures:
     """Two feature spaces fitted on the toy's training pictures, uint8 (N, 3, S, S) with labels (N,):
 
-    classifier(images)  (N, 64), the last features of a small convolutional classifier of the ten species, at 32 x 32
+    classifier(images)  (N, 64), the last features of a small convolutional classifier of the ten species, at 32 x 32,
+                        each brought to unit variance on the training pictures, so that none outweighs the others
     pixels(images)      (N, 64), principal components of the picture at 16 x 16
     The first looks at shapes and textures, the second at colours and their places.
     """
 
     def __init__(self, images, labels, steps=450, batch_size=64):
+        small = shrink(images, 32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
-                                     nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-                                     nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+            self.net = nn.Sequential(nn.Conv2d(3, 16, 4, stride=2, padding=1), nn.GELU(),
+                                     nn.Conv2d(16, 32, 3, padding=1), nn.GELU(),
+                                     nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
                                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, int(labels.max()) + 1))
             optimizer = torch.optim.Adam(self.net.parameters(), lr=2e-3)
             for _ in range(steps):
                 batch = torch.randint(len(images), (batch_size,))
-                loss = F.cross_entropy(self.net(shrink(images[batch], 32) * 2 - 1), labels[batch])
+                loss = F.cross_entropy(self.net(small[batch] * 2 - 1), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+        self.std = self._last_features(images).std(0)                                      # (64,)
         coarse = shrink(images, 16).flatten(1).double()                                    # (N, 768)
         self.mean = coarse.mean(0)
         self.components = torch.linalg.eigh(torch.cov(coarse.T))[1].flip(1)[:, :64]        # (768, 64)
 
     @torch.no_grad()
+    def _last_features(self, images):
+        return torch.cat([self.net[:-1](shrink(part, 32) * 2 - 1) for part in images.split(500)])
+
     def classifier(self, images):
-        return torch.cat([self.net[:-1](shrink(part, 32) * 2 - 1) for part in images.split(500)]).double()
+        return (self._last_features(images) / self.std).double()
 
     def pixels(self, images):
         return (shrink(images, 16).flatten(1).double() - self.mean) @ self.components
@@ -69,7 +75,7 @@ class ToyFeatures:
     @torch.no_grad()
     def accuracy(self, images, labels):
         """Share of pictures that the classifier takes for their class. Colour alone gives most of it away."""
-        return (self.net[-1](self.classifier(images).float()).argmax(1) == labels).double().mean().item()
+        return (self.net[-1](self._last_features(images)).argmax(1) == labels).double().mean().item()
 
 
 def shrink(images, size):
@@ -98,6 +104,17 @@ def toy_table(train_images, train_labels, rows):
              "frechet_pixels": frechet_of_features(reference[1], features.pixels(images)),
              "accuracy": features.accuracy(images, labels),
              "diversity": diversity(images, labels)} for name, images, labels in rows]
+
+
+def table_text(table):
+    """The rows of toy_table in columns; they paste into Markdown."""
+    rows = [["", "Frechet distance, classifier", "Frechet distance, pixels", "accuracy", "diversity"]]
+    rows += [[row["pictures"], f"{row['frechet_classifier']:.3f}", f"{row['frechet_pixels']:.3f}",
+              f"{row['accuracy']:.2f}", f"{row['diversity']:.1f}"] for row in table]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
+    return "\n".join("| " + " | ".join([row[0].ljust(widths[0])] + [
+        cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]) + " |" for row in rows)
 
 
 def class_means(images, labels):

@@ -10,6 +10,7 @@ Picture i has the label i mod classes and its own noise, a function of (seed, i)
 """
 import contextlib
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def main(argv=None):
         if rank == 0:
             write_pictures(out, pictures, labels, classes, len(wanted), recipe)
             print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
-                  f"{num} pictures of {len(set(labels.tolist()))} classes, label = index mod classes\n"
+                  f"{num} pictures of {len(set(labels.tolist()))} classes in turn\n"
                   f"{steps} steps, guidance {settings['cfg_scale']:g}, {settings['noise']} noise: NFE {nfe} a picture, "
                   f"{seconds:.2f} s, {num / seconds:.1f} images/s on {world} x {device.type}\n{out}")
     if world > 1:
@@ -189,10 +190,13 @@ def main(argv=None):
 @contextlib.contextmanager
 def shared_array(out, shape, rank):
     """A uint8 array in a temporary file beside `out`, the same one in every process."""
-    part = out.parent / f".part-{out.name}.npy"
+    part, size = out.parent / f".part-{out.name}.npy", int(np.prod(shape))
     try:
         if rank == 0:
             part.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(part.parent).free
+            if free < 2.1 * size:                                          # this file and the one made of it
+                raise UserError(f"the pictures need {2.1 * size / 1e9:.1f} GB; {part.parent} has {free / 1e9:.1f} GB free")
             np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         if dist.is_initialized():
             dist.barrier()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import sphere
 from data import (ArgumentParser, ToyFlowers, UsageError, UserError, global_batch, keyed_generator, load_dataset,
                   number, user_errors, write_whole)
-from fid import class_means, toy_table
+from fid import class_means, table_text, toy_table
 from model import SiT_models
 from rae import LatentCache, fit_rae, load_rae, to_float, to_uint8
 from sample import generate, picture_grid
@@ -38,18 +38,18 @@ PAPER = dict(
     warmup_steps=0, decay_last=0.0, clip=0.0,           # constant rate; a clip is not mentioned
     noise_dist="lognorm", p_mean=0.0, p_std=1.0,        # mean and std not given
     alpha_max=85.0, alpha_mix=89.0, mix_prob=0.2,       # angles not given: Sphere Encoder's code
-    reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,     # low or both: not clear; low measured better
-    cfg=1.0, gamma=1.0, sampling_noise="fresh", sigma=None, sample_steps=4,  # gamma and fresh or same not given
+    reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,      # low or both: not clear
+    cfg=1.0, gamma=1.0, sampling_noise="fresh", sigma=None, sample_steps=4,     # gamma, fresh or same: not given
     steps=None, epochs=None, dtype="float32", log_every=50, sample_every=2000, save_every=1000)
 
 # Small pictures, few numbers in a latent (1,024 in place of 196,608), minutes in place of days: a smaller angle hides
 # the picture, the EMA is as much shorter as the run, and a high rate that falls at the end makes up for the few steps.
 SHORT = dict(
     PAPER, model="SiT-T/1", image_size=64, rae_patch=16, batch_size=64, steps=1500, lr=2e-3, warmup_steps=50, decay_last=0.3,
-    clip=1.0, ema_decay=[0.995, 0.98], alpha_max=75.0, cfg=1.5, sampling_noise="same", sigma=5.0,
+    clip=1.0, ema_decay=[0.995, 0.98], alpha_max=75.0, cfg=1.2, gamma=1.5, sampling_noise="same", sigma=5.0,
     sample_every=500, save_every=500)
 
-PRESETS = {"toy": dict(SHORT, image_size=60, rae_patch=20, steps=2400),  # 3 x 3 patches, the flower in the middle one
+PRESETS = {"toy": dict(SHORT, image_size=60, rae_patch=20, steps=2000),  # 3 x 3 patches, the flower in the middle one
            "PATH": SHORT}
 
 
@@ -83,7 +83,7 @@ def parse_args(argv):
     add("--betas", type=number(float, 0, 1), nargs=2, help="betas of AdamW")
     add("--weight-decay", type=number(float, 0), help="weight decay of AdamW")
     add("--warmup-steps", type=number(int, 0), help="steps over which the rate rises to --lr")
-    add("--decay-last", type=number(float, 0, 1), help="last share of the run over which the rate falls to 5%%; 0: constant")
+    add("--decay-last", type=number(float, 0, 1), help="last share of the run, in which the rate falls to 5%%")
     add("--clip", type=number(float, 0), help="largest gradient norm; 0: no limit")
     add("--ema-decay", type=number(float, 0, 1), nargs="+", help="decays of the averaged weights; samples use the first")
     add("--dtype", choices=("float32", "bfloat16"), help="of the network under autocast; weights stay float32")
@@ -130,8 +130,8 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if world == 1 and torch.cuda.device_count() > 1:
-            print(f"{torch.cuda.device_count()} GPUs are here and one is used. For all of them: "
-                  f"torchrun --nproc-per-node gpu {' '.join(sys.argv)}")
+            print(f"{torch.cuda.device_count()} GPUs are here, one is used; torchrun --nproc-per-node gpu "
+                  f"{' '.join(sys.argv)} takes them all")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -160,11 +160,13 @@ def load_checkpoint(path):
 
 
 def check_same_run(args, before):
-    """A run goes on with the arguments it began with; only its length and what happens beside it may change."""
-    free = {"steps", "epochs", "accumulate", "device", "log_every", "sample_every", "save_every", "data_dir", "out_dir",
-            "sample_steps", "cfg", "gamma", "sampling_noise", "sigma"}
+    """A run goes on with the arguments and pictures it began with; its length and what happens beside it may change."""
+    free = {"dataset", "pictures", "steps", "epochs", "accumulate", "device", "log_every", "sample_every", "save_every",
+            "data_dir", "out_dir", "sample_steps", "cfg", "gamma", "sampling_noise", "sigma"}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(args).items()
                if name not in free and before.get(name) != value]
+    if args.pictures != before["pictures"] and not changed:
+        changed = [f"the pictures of {args.dataset} have changed"]
     if changed:
         raise UserError(f"{args.out_dir} holds a run with other settings ({'; '.join(changed)}): "
                         "give the same ones to resume it, or another --out-dir")
@@ -181,7 +183,15 @@ def learning_rate(step, args):
 def by_angle(values, sigma):
     """Sums of values (n,) and counts in four bins of the noise angle: 0-22.5, 22.5-45, 45-67.5, 67.5-90 degrees."""
     bins = (torch.rad2deg(torch.atan(sigma)) / 22.5).long().clamp(max=3)
-    return torch.zeros(8, device=values.device).index_add(0, bins, values).index_add(0, bins + 4, torch.ones_like(values))
+    sums = torch.zeros(8, device=values.device).index_add(0, bins, values)
+    return sums.index_add(0, bins + 4, torch.ones_like(values))
+
+
+def log_line(line, names):
+    angles = " ".join("-" if value is None else f"{value:.1f}" for value in line["loss_by_angle"])
+    return (f"step {line['step']} " + " ".join(f"{name} {line[name]:.2f}" for name in names) +
+            f" | by angle 0-22-45-68-90 deg: {angles} | gradient {line['grad_norm']:.1f}, "
+            f"{line['images_per_s']:.0f} images/s, {line['memory_gb']:.1f} GB")
 
 
 @user_errors
@@ -198,21 +208,22 @@ def main(argv=None):
 def train(args, rank, world, device):
     say = print if rank == 0 else lambda *_: None
     if args.batch_size % (world * args.accumulate):
-        raise UsageError(f"--batch-size {args.batch_size} is not divisible by {world} processes x --accumulate "
-                         f"{args.accumulate}")
+        raise UsageError(f"--batch-size {args.batch_size} does not divide into {world} processes x {args.accumulate} "
+                         "micro-batches")
     micro = args.batch_size // (world * args.accumulate)
     out = Path(args.out_dir)
+
+    # Data, autoencoder, latents. The first process fits the autoencoder; the others receive it.
+    dataset = load_dataset(args.dataset, args.image_size, min_side=args.rae_patch)
+    args.pictures = dataset.recipe
     checkpoint = None
     if (out / "ckpt.pt").exists():
         checkpoint = load_checkpoint(out / "ckpt.pt")
         check_same_run(args, checkpoint["args"])
-
-    # Data, autoencoder, latents. The first process fits the autoencoder; the others receive it.
-    dataset = load_dataset(args.dataset, args.image_size, min_side=args.rae_patch)
     saved = [checkpoint["rae"] if checkpoint else None]
     if not checkpoint and rank == 0:
         some = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", args.seed))
-        some = some[:-(-40_000 // max(1, args.image_size // args.rae_patch) ** 2)]         # 40,000 patches are enough
+        some = some[:-(-20_000 // max(1, args.image_size // args.rae_patch) ** 2)]         # 20,000 patches are enough
         saved = [fit_rae(args.rae, dataset.load(some), args.rae_patch).saved()]
     if world > 1:
         dist.broadcast_object_list(saved)
@@ -228,8 +239,8 @@ def train(args, rank, world, device):
     model = SiT_models[args.model](input_size=side, in_channels=C, num_classes=num_classes,
                                    class_dropout_prob=args.class_dropout_prob).to(device)
     parallel = DistributedDataParallel(model) if world > 1 else model
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    weights = [p for p in model.parameters() if p.requires_grad]           # all but the table of positions
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     emas = {str(decay): {k: v.clone() for k, v in model.state_dict().items()} for decay in args.ema_decay}
     start = 0
     if checkpoint:
@@ -241,22 +252,21 @@ def train(args, rank, world, device):
                 value.copy_(checkpoint["ema"][decay][name])
         checkpoint = None                                                  # its tensors are no longer needed
 
-    say(f"{args.dataset}: {N:,} pictures of {num_classes} classes, latents {C} x {side} x {side} (L = {C * side * side:,})\n"
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} numbers, {world} x {device.type}, {args.dtype}, "
-        f"batch {args.batch_size} = {world} x {args.accumulate} x {micro}, {args.steps} steps "
-        f"({args.steps * args.batch_size / N:.1f} epochs)")
+    say(f"{args.dataset}: {N:,} pictures, {num_classes} classes, latents {C} x {side} x {side}, L = {C * side * side:,}\n"
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} numbers, {args.dtype} on {world} x {device.type}\n"
+        f"{args.steps} steps of {args.batch_size} = {world} processes x {args.accumulate} x {micro} pictures, "
+        f"{args.steps * args.batch_size / N:.1f} epochs")
     if start >= args.steps:
-        say(f"{out} is finished at step {start}: raise --steps to go on, or draw from it: python sample.py --ckpt {out}/ckpt.pt")
-        return
+        return say(f"{out} is finished at step {start}: raise --steps to go on, or sample.py --ckpt {out}/ckpt.pt")
     if start:
         say(f"resuming {out} at step {start}")
     if rank == 0:
         with write_whole(out / "args.json") as part:
             part.write_text(json.dumps(vars(args), indent=1))
-        log = out / "log.jsonl"                                            # lines after the checkpoint are made again
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if log.exists() else []
+        log = out / "log.jsonl"                                            # what came after the checkpoint is done again
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         with write_whole(log) as part:
-            part.write_text("".join(line + "\n" for line in kept))
+            part.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start))
 
     def save(step):
         state = {"model": model.state_dict(), "ema": emas, "optimizer": optimizer.state_dict(), "step": step,
@@ -265,29 +275,25 @@ def train(args, rank, world, device):
             torch.save(state, file)
 
     def draw(indices, steps):
-        """Pictures from the first EMA, label = index mod classes."""
+        """Pictures from the first EMA, label = index mod classes -> images, labels."""
         def denoiser(v, y):
             return torch.func.functional_call(model, emas[str(args.ema_decay[0])], (v, y))
         model.eval()
-        labels = indices % num_classes
-        sigma = args.sigma or sphere.angle_to_sigma(args.alpha_max)
+        labels, sigma = indices % num_classes, args.sigma or sphere.angle_to_sigma(args.alpha_max)
         with autocast(args.dtype, device), torch.no_grad():
-            images = torch.cat([generate(denoiser, rae, part, (part % num_classes).to(device), args.seed, steps,
-                                         num_classes, cfg_scale=args.cfg, gamma=args.gamma, noise=args.sampling_noise,
-                                         sigma=sigma) for part in indices.split(50)])
+            images = [generate(denoiser, rae, part, (part % num_classes).to(device), args.seed, steps, num_classes,
+                               cfg_scale=args.cfg, gamma=args.gamma, noise=args.sampling_noise, sigma=sigma)
+                      for part in indices.split(50)]
         model.train()
-        return images, labels
+        return torch.cat(images), labels
 
     def draw_grid(step):
-        columns = min(num_classes, 10)
-        images, labels = draw(torch.arange(4 * num_classes if num_classes <= 10 else 40), args.sample_steps)
+        images, labels = draw(torch.arange(min(4 * num_classes, 40)), args.sample_steps)
         with write_whole(out / f"samples-{step:07d}.png") as part:
-            picture_grid(images, columns, [dataset.classes[label] for label in labels]).save(part)
+            picture_grid(images, min(num_classes, 10), [dataset.classes[label] for label in labels]).save(part)
 
-    model.train()
-    bar = tqdm(total=args.steps, initial=start, desc=str(out), unit="step", disable=rank != 0)
-    clock, clock_step = time.perf_counter(), start
-    for step in range(start, args.steps):
+    def accumulate_gradients(step, to_log):
+        """Forward and backward of a step -> the losses' names and, where logged, their sums and those by noise angle."""
         # What is small is drawn for the global batch, then each process takes its part.
         g = keyed_generator("batch", args.seed, step)
         sigma_hi, sigma_lo = sphere.noise_pair(args.batch_size, args.noise_dist, args.p_mean, args.p_std, args.alpha_max,
@@ -296,8 +302,7 @@ def train(args, rank, world, device):
         flips = torch.randint(2, (args.batch_size,), generator=g)
         indices = global_batch(N, args.batch_size, step, args.seed)
 
-        to_log = (step + 1) % args.log_every == 0 or step + 1 == args.steps
-        logged = 0
+        sums = 0
         for m in range(args.accumulate):
             first = (rank * args.accumulate + m) * micro
             mine = slice(first, first + micro)
@@ -305,9 +310,9 @@ def train(args, rank, world, device):
             z = z.float()
             hi, lo, dropped = (t[mine].to(device) for t in (sigma_hi, sigma_lo, drop))
 
-            def noise(name):
-                return torch.stack([torch.randn(z.shape[1:], device=device, generator=keyed_generator(
-                    name, args.seed, step, i, device=device)) for i in range(first, first + micro)])
+            def noise(name):                                               # an example's own, whoever computes it
+                generators = [keyed_generator(name, args.seed, step, first + i, device=device) for i in range(micro)]
+                return torch.stack([torch.randn(z.shape[1:], generator=g, device=device) for g in generators])
 
             def denoiser(v, y):                                            # both noise levels of an example drop its label
                 with autocast(args.dtype, device):
@@ -325,75 +330,70 @@ def train(args, rank, world, device):
             if to_log:
                 with torch.no_grad():
                     l1, cosine = sphere.l1_and_cosine(torch.cat([z_hi, z_lo]), torch.cat([z, z]))
-                parts = torch.stack([loss, *losses.values()]).detach() / (args.accumulate * world)
-                logged = logged + torch.cat([parts, by_angle(50 * l1 + cosine, torch.cat([hi, lo]))])
+                means = torch.stack([loss, *losses.values()]).detach() / (args.accumulate * world)
+                sums = sums + torch.cat([means, by_angle(50 * l1 + cosine, torch.cat([hi, lo]))])
+        return ["loss", *losses], sums
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf).item()
-        if not math.isfinite(grad_norm):
-            raise UserError(f"step {step}: the gradient norm is {grad_norm}, so the run stops before the weights are hurt; "
-                            f"{out}/ckpt.pt is the last good one: try a lower --lr, --clip 1 or --dtype float32")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
+    model.train()
+    clock, clock_step = time.perf_counter(), start
+    with tqdm(total=args.steps, initial=start, desc=str(out), unit="step", disable=rank != 0) as bar:
+        for step in range(start, args.steps):
+            to_log = (step + 1) % args.log_every == 0 or step + 1 == args.steps
+            names, sums = accumulate_gradients(step, to_log)
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf).item()
+            if not math.isfinite(grad_norm):
+                raise UserError(f"step {step}: the gradient norm is {grad_norm}; {out}/ckpt.pt is the last good checkpoint: "
+                                "try a lower --lr, --clip 1 or --dtype float32")
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             for decay, ema in emas.items():
                 warm = min(float(decay), (1 + step) / (10 + step))         # or the first weights would linger
                 for name, value in model.state_dict().items():
                     ema[name].lerp_(value, 1 - warm)
 
-        bar.update()
-        step += 1
-        if to_log:
-            if world > 1:
-                dist.all_reduce(logged)
-            loss, *parts = logged[:-8].tolist()
-            sums, counts = logged[-8:-4], logged[-4:]
-            now = time.perf_counter()
-            line = {"step": step, "epoch": round(step * args.batch_size / N, 3), "loss": loss,
-                    **dict(zip(losses, parts)), "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
-                    "loss_by_angle": [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist())],
-                    "images_per_s": (step - clock_step) * args.batch_size / (now - clock),
-                    "memory_gb": peak_memory_gb(device)}
-            clock, clock_step = now, step
-            if rank == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                angles = " ".join("-" if value is None else f"{value:.1f}" for value in line["loss_by_angle"])
-                bar.write(f"step {step} loss {loss:.2f} (" + " ".join(f"{k} {v:.2f}" for k, v in zip(losses, parts)) +
-                          f") grad {grad_norm:.1f} | at 0-22-45-68-90 deg {angles} | {line['images_per_s']:.0f} images/s "
-                          f"{line['memory_gb']:.1f} GB")
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps):
-            save(step)
-        if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            draw_grid(step)
-    bar.close()
+            bar.update()
+            step += 1
+            if to_log:
+                if world > 1:
+                    dist.all_reduce(sums)
+                sums, totals, counts = sums[:-8].tolist(), sums[-8:-4].tolist(), sums[-4:].tolist()
+                now = time.perf_counter()
+                line = {"step": step, "epoch": round(step * args.batch_size / N, 3), **dict(zip(names, sums)),
+                        "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
+                        "loss_by_angle": [total / n if n else None for total, n in zip(totals, counts)],
+                        "images_per_s": (step - clock_step) * args.batch_size / (now - clock),
+                        "memory_gb": peak_memory_gb(device)}
+                clock, clock_step = now, step
+                if rank == 0:
+                    with open(out / "log.jsonl", "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    bar.write(log_line(line, names))
+            if rank == 0 and (step % args.save_every == 0 or step == args.steps):
+                save(step)
+            if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
+                draw_grid(step)
 
     say(f"{out}/ckpt.pt is the run at step {args.steps}; draw from it: python sample.py --ckpt {out}/ckpt.pt")
     if args.dataset == "toy" and rank == 0:
         report_quality(args, rae, draw, dataset, out)
-    if world > 1:
-        dist.barrier()
 
 
-def report_quality(args, rae, draw, dataset, out, n=500):
+def report_quality(args, rae, draw, dataset, out, n=1000):
     """The toy's own number: Frechet distances of n pictures to the training set, in two feature spaces of fid.py."""
     train = dataset.load(range(len(dataset.labels)))
     test_set = ToyFlowers(args.image_size, "test")
     test, labels = test_set.load(range(n)), test_set.labels[:n]
     decoded = to_uint8(rae.decode(rae.encode(to_float(test).to(rae.latent_var.device)))).cpu()
+    means = class_means(train, dataset.labels)[:n]
     rows = [("held-out (the floor)", test, labels), ("held-out, reconstructed", decoded, labels),
-            ("class means (to beat)", class_means(train, dataset.labels)[:n], dataset.labels[:n])]
+            ("class means (to beat)", means, dataset.labels[:n])]
     rows += [(f"{steps} step{'s'[:steps > 1]}", *draw(torch.arange(n), steps)) for steps in (1, 2, 4, 8)]
     table = toy_table(train, dataset.labels, rows)
     with write_whole(out / "quality.json") as part:
         part.write_text(json.dumps(table, indent=1))
-    print(f"\n{n} pictures a row; guidance {args.cfg:g}, {args.sampling_noise} noise; not FID: the toy's own features\n"
-          f"{'':24}  Frechet distance     Frechet distance   accuracy  diversity\n"
-          f"{'':24}  (classifier, 64)  (16 x 16 pixels, 64)")
-    for row in table:
-        print(f"{row['pictures']:24}  {row['frechet_classifier']:16.2f}  {row['frechet_pixels']:20.3f}  "
-              f"{row['accuracy']:8.2f}  {row['diversity']:9.1f}")
+    print(f"\n{n} pictures a row; guidance {args.cfg:g}, {args.sampling_noise} noise\n{table_text(table)}")
 
 
 if __name__ == "__main__":

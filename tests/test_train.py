@@ -149,6 +149,21 @@ def test_a_finished_run_is_left_alone_and_a_different_one_refused(trained, capsy
     assert (trained / "ckpt.pt").stat().st_mtime_ns == before
 
 
+def test_changed_pictures_are_refused(photos, tmp_path, capsys):
+    train.main(train_args(tmp_path, "--steps", "1"))
+    (photos / "left" / "0.png").unlink()
+    fails(capsys, 1, "have changed", train_args(tmp_path, "--steps", "2"))
+
+
+def test_a_torn_log_is_mended(photos, tmp_path):
+    train.main(train_args(tmp_path, "--steps", "2"))
+    with open(tmp_path / "out" / "run" / "log.jsonl", "a") as file:
+        file.write('{"step": 3}\n{"step": 4, "lo')
+    train.main(train_args(tmp_path, "--steps", "4"))
+    lines = (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, capsys):
     args = train_args(tmp_path, "--save-every", "1", "--steps", "50", "--lr", "1e30", "--clip", "0", "--warmup-steps", "0")
     fails(capsys, 1, "the gradient norm is", args)
@@ -168,7 +183,7 @@ def test_a_broken_checkpoint_is_said(photos, tmp_path, capsys):
     ("--model: invalid choice: 'SiT-Q/1'", ["--model", "SiT-Q/1"]),
     ("unrecognized arguments: --modle", ["--modle", "SiT-B/1"]),
     ("no data set is called 'flowres'", ["--dataset", "flowres"]),
-    ("--batch-size 7 is not divisible by", ["--batch-size", "7", "--accumulate", "2"]),
+    ("--batch-size 7 does not divide into", ["--batch-size", "7", "--accumulate", "2"]),
     ("not a multiple of --rae-patch 20", ["--image-size", "50"]),
     ("--alpha-mix 70 is below --alpha-max 75", ["--alpha-mix", "70"]),
     ("--lr: must be 0 or more, not nan", ["--lr", "nan"]),

@@ -77,7 +77,7 @@ class ToyFlowers:
 
     def load(self, indices):
         indices = torch.as_tensor(indices)
-        parts = indices.split(50)                                          # 50 pictures fit a CPU's cache: 4 times faster
+        parts = indices.split(50)                                          # 50 fit a CPU's cache: 4 times faster
         return torch.cat([draw_flowers(self.labels[i], self.variation[i], self.image_size) for i in parts])
 
 

@@ -33,6 +33,8 @@ def generate(denoiser, rae, indices, labels, seed, steps, null_class, trajectory
     generators = [keyed_generator("sample", seed, int(i)) for i in indices]
     z = sphere.sample(denoiser, (len(indices), *rae.latent_shape), labels, steps, null_class=null_class,
                       generator=generators, trajectory=trajectory, **settings)
+    if not z.isfinite().all():
+        raise UserError("the sampled latents are not finite: try less guidance, or the float32 of --device cpu")
     return to_uint8(rae.decode(z)).cpu()
 
 
@@ -108,9 +110,9 @@ def parse_args(argv):
     group.add_argument("--ckpt", help="a checkpoint (default: the newest in out/)")
     group.add_argument("--ema", default="first", help="which weights: an EMA's decay, first, or raw (default: first)")
     group.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all, in turn)")
-    group.add_argument("--num", "--num-images", type=number(int, 1), help="how many pictures (default: 4 for each class, "
-                       "40 at most); torchrun takes --num for an option of its own, so write --num-images there")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="picture i is a function of (seed, i) (default: 0)")
+    group.add_argument("--num", "--num-images", type=number(int, 1), help="how many pictures (default: 4 a class, "
+                       "40 at most); torchrun takes --num for its own, write --num-images there")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="picture i is a function of (seed, i)")
     group = parser.add_argument_group("Algorithm 1 (what is not given is taken from the run)")
     group.add_argument("--steps", type=number(int, 1), help="denoising steps; with guidance each costs two calls")
     group.add_argument("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
@@ -123,7 +125,7 @@ def parse_args(argv):
                                      "else a folder of numbered files (default: sample.png beside the checkpoint)")
     group.add_argument("--npz", action="store_true", help="short for --out samples.npz beside the checkpoint")
     group.add_argument("--trajectory", action="store_true", help="a grid of what each step predicts, a row a step")
-    group.add_argument("--batch-size", type=number(int, 1), default=50, help="pictures at once in a process (default: 50)")
+    group.add_argument("--batch-size", type=number(int, 1), default=50, help="pictures at once in a process")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     return parser.parse_args(argv)
 
@@ -141,7 +143,7 @@ def main(argv=None):
 
     # The question: how many steps, which labels, what the run was set up for.
     steps = args.steps or run["sample_steps"]
-    sigma = args.sigma or [run["sigma"] or sphere.angle_to_sigma(run["alpha_max"])]
+    sigma = args.sigma or [run["sigma"]]
     if len(sigma) not in (1, steps - 1):
         raise UsageError(f"--sigma has {len(sigma)} values: give 1, or {steps - 1} for the re-noisings of {steps} steps")
     settings = {"cfg_scale": run["cfg"] if args.cfg is None else args.cfg,
@@ -149,7 +151,7 @@ def main(argv=None):
                 "noise": args.sampling_noise or run["sampling_noise"],
                 "sigma": sigma[0] if len(sigma) == 1 else sigma}
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps, **settings,
-              "seed": args.seed, "classes": args.classes or "all"}
+              "seed": args.seed, "classes": args.classes or "all", "balance": "label = index mod classes"}
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     if args.trajectory:
         num = args.num or min(len(wanted), 10)
@@ -160,8 +162,9 @@ def main(argv=None):
 
     # Every process draws its share into one file on the disk that all see.
     out = Path(args.out) if args.out else path.parent / ("samples.npz" if args.npz else "sample.png")
-    frames = steps if args.trajectory else 1
-    S = rae.image_size
+    if args.trajectory and out.suffix == ".npz":
+        raise UsageError(f"--trajectory goes into a grid or a folder, not into {out}")
+    frames, S = steps if args.trajectory else 1, rae.image_size
     with shared_array(out, (frames, num, 3, S, S), rank) as pictures:
         started = time.perf_counter()
         starts = range(rank * args.batch_size, num, world * args.batch_size)
@@ -174,6 +177,7 @@ def main(argv=None):
             if args.trajectory:
                 images = torch.stack([to_uint8(rae.decode(z)).cpu() for z in trajectory])
             pictures[:, indices] = images.numpy()
+        pictures.flush()
         if world > 1:
             dist.barrier()
         seconds = time.perf_counter() - started
@@ -196,7 +200,7 @@ def shared_array(out, shape, rank):
             part.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(part.parent).free
             if free < 2.1 * size:                                          # this file and the one made of it
-                raise UserError(f"the pictures need {2.1 * size / 1e9:.1f} GB; {part.parent} has {free / 1e9:.1f} GB free")
+                raise UserError(f"{out} needs {2.1 * size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there")
             np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         if dist.is_initialized():
             dist.barrier()

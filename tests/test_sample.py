@@ -71,6 +71,15 @@ def test_every_setting_changes_the_picture(trained, tmp_path):
     assert np.array_equal(plain, draw("--ema", "0.995"))
 
 
+def test_latents_that_are_not_finite_are_said(trained, tmp_path, capsys):
+    checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
+    checkpoint["ema"]["0.995"]["final_layer.linear.bias"] *= float("nan")
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit):
+        pictures(tmp_path, tmp_path / "s.png")
+    assert "not finite" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 def test_captions_follow_the_classes():
     images = torch.zeros(6, 3, 64, 64, dtype=torch.uint8)
     assert sample.picture_grid(images, 3, ["a", "b", "c"] * 2).size == (192, 128 + 16)
@@ -86,6 +95,7 @@ def test_captions_follow_the_classes():
     (2, "--ema 0.5 is not in this checkpoint: it has 0.995, 0.1 and raw", ["--ema", "0.5"]),
     (2, "--sigma has 2 values: give 1, or 4 for the re-noisings of 5 steps", ["--steps", "5", "--sigma", "1", "2"]),
     (2, "unrecognized arguments: --step", ["--step", "4"]),
+    (2, "--trajectory goes into a grid or a folder", ["--trajectory", "--out", "steps.npz"]),
     (1, "there is no checkpoint at nowhere.pt", ["--ckpt", "nowhere.pt"]),
 ])
 def test_bad_arguments(trained, tmp_path, status, message, argv, capsys):

@@ -66,8 +66,8 @@ class RAE(nn.Module):
 
 
 def to_float(images):
-    """uint8 pictures -> float in [0, 1]."""
-    return images.float() / 255
+    """uint8 pictures -> float in [0, 1]; float images stay as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def to_uint8(images):
@@ -78,7 +78,7 @@ def to_uint8(images):
 # ---- toy: linear, in closed form ------------------------------------------------------------------------------------
 
 def fit_rae(name, images, patch_size=16, channels=96, latent_noise=0.2):
-    """An autoencoder fitted on training pictures, uint8 (N, 3, S, S): no step of gradient descent, float64 inside.
+    """An autoencoder fitted on training pictures (N, 3, S, S), uint8 or in [0, 1]: no gradient descent, float64 inside.
 
     Encoder: the first principal components of patches, half whitened. Decoder: the linear map from the 3 x 3 latents
     around a patch to its pixels with the least square error, given noise of standard deviation latent_noise on every

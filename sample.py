@@ -108,7 +108,7 @@ def parse_args(argv):
     parser = ArgumentParser(description=__doc__)
     group = parser.add_argument_group("what")
     group.add_argument("--ckpt", help="a checkpoint (default: the newest in out/)")
-    group.add_argument("--ema", default="first", help="which weights: an EMA's decay, first, or raw (default: first)")
+    group.add_argument("--ema", default="first", help="which weights: an EMA's decay, first, or raw")
     group.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all, in turn)")
     group.add_argument("--num", "--num-images", type=number(int, 1), help="how many pictures (default: 4 a class, "
                        "40 at most); torchrun takes --num for its own, write --num-images there")
@@ -126,7 +126,7 @@ def parse_args(argv):
     group.add_argument("--npz", action="store_true", help="short for --out samples.npz beside the checkpoint")
     group.add_argument("--trajectory", action="store_true", help="a grid of what each step predicts, a row a step")
     group.add_argument("--batch-size", type=number(int, 1), default=50, help="pictures at once in a process")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
 

@@ -75,9 +75,9 @@ def parse_args(argv):
     add("--alpha-mix", type=number(float, 1, 89.9), help="largest noise angle of the harder range mixed in, degrees")
     add("--mix-prob", type=number(float, 0, 1), help="share of examples from the harder range")
     add("--reconstruct", choices=("low", "both"), help="noise levels on which Eq. 2 is taken")
-    add("--latent-consistency", type=number(float, 0), help="weight of Eq. 4 (the paper drops it: 0)")
-    add = parser.add_argument_group("optimisation").add_argument
-    length = parser.add_mutually_exclusive_group().add_argument
+    add("--latent-consistency", type=number(float, 0), help="weight of Eq. 4, which the paper drops")
+    group = parser.add_argument_group("optimisation")
+    add, length = group.add_argument, group.add_mutually_exclusive_group().add_argument
     length("--steps", type=number(int, 1), help="optimisation steps in all; raise it to go on with a finished run")
     length("--epochs", type=number(int, 1), help="the same in passes over the data")
     add("--batch-size", type=number(int, 1), help="examples a step, over all processes")
@@ -93,7 +93,7 @@ def parse_args(argv):
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(int, 0), default=0, help="of everything random")
     add("--out-dir", help="default: out/<dataset>-<model>")
-    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--log-every", type=number(int, 1), help="steps between lines of the log")
     add("--sample-every", type=number(int, 1), help="steps between grids of samples")
     add("--save-every", type=number(int, 1), help="steps between checkpoints")
@@ -102,15 +102,16 @@ def parse_args(argv):
     add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
     add("--gamma", type=number(float, 0), help="sigma decays as (1 - t / steps) ** gamma")
     add("--sampling-noise", choices=("fresh", "same"), help="new noise at each step, or the first again")
-    add("--sigma", type=number(float, 0), help="noise at the start of the decay (default: tan of --alpha-max)")
+    add("--sigma", type=number(float, 0), help="noise at the start of the decay; without it tan(--alpha-max)")
 
-    dataset = parser.parse_known_args(argv)[0].dataset
-    parser.set_defaults(**PRESETS.get(dataset, PRESETS["PATH"]))
+    first = ArgumentParser(add_help=False)                                 # the data set decides about the defaults
+    first.add_argument("--dataset", default="toy")
+    parser.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].dataset, PRESETS["PATH"]))
     args = parser.parse_args(argv)
     if args.alpha_mix < args.alpha_max:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: the mix is harder")
     args.sigma = sphere.angle_to_sigma(args.alpha_max) if args.sigma is None else args.sigma
-    args.out_dir = args.out_dir or f"out/{Path(dataset).resolve().name}-{args.model.replace('/', '-')}"
+    args.out_dir = args.out_dir or f"out/{Path(args.dataset).resolve().name}-{args.model.replace('/', '-')}"
     return args
 
 
@@ -171,8 +172,7 @@ def check_same_run(args, before):
     if args.pictures != before["pictures"] and not changed:
         changed = [f"the pictures of {args.dataset} have changed"]
     if changed:
-        raise UserError(f"{args.out_dir} holds a run with other settings ({'; '.join(changed)}): "
-                        "give the same ones to resume it, or another --out-dir")
+        raise UserError(f"{args.out_dir} holds another run ({'; '.join(changed)}): resume that, or give a new --out-dir")
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def learning_rate(step, args):
 
 
 def by_angle(values, sigma):
-    """Sums of values (n,) and counts in four bins of the noise angle: 0-22.5, 22.5-45, 45-67.5, 67.5-90 degrees."""
+    """(8,): sums of values (n,), then counts, in four bins of the noise angle: 0-22.5, 22.5-45, 45-67.5, 67.5-90 deg."""
     bins = (torch.rad2deg(torch.atan(sigma)) / 22.5).long().clamp(max=3)
     sums = torch.zeros(8, device=values.device).index_add(0, bins, values)
     return sums.index_add(0, bins + 4, torch.ones_like(values))

@@ -141,6 +141,10 @@ def main(argv=None):
     model, ema = load_denoiser(checkpoint, args.ema, device)
     rae = load_rae(checkpoint["rae"], device)
 
+    def denoiser(v, y):
+        with autocast(run["dtype"], device):                               # the network alone; the decoder is float32
+            return model(v, y)
+
     # The question: how many steps, which labels, what the run was set up for.
     steps = args.steps or run["sample_steps"]
     sigma = args.sigma or [run["sigma"]]
@@ -171,9 +175,8 @@ def main(argv=None):
         for start in tqdm(starts, desc="sampling", unit="batch", disable=rank != 0 or len(starts) < 2):
             indices = torch.arange(start, min(start + args.batch_size, num))
             trajectory = [] if args.trajectory else None
-            with autocast(run["dtype"], device):
-                images = generate(model, rae, indices, labels[indices].to(device), args.seed, steps, len(classes),
-                                  trajectory, **settings)
+            images = generate(denoiser, rae, indices, labels[indices].to(device), args.seed, steps, len(classes),
+                              trajectory, **settings)
             if args.trajectory:
                 images = torch.stack([to_uint8(rae.decode(z)).cpu() for z in trajectory])
             pictures[:, indices] = images.numpy()

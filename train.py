@@ -279,12 +279,12 @@ def train(args, rank, world, device):
     def draw(indices, steps):
         """Pictures from the first EMA, label = index mod classes -> images, labels."""
         def denoiser(v, y):
-            return torch.func.functional_call(model, emas[str(args.ema_decay[0])], (v, y))
+            with autocast(args.dtype, device):
+                return torch.func.functional_call(model, emas[str(args.ema_decay[0])], (v, y))
         model.eval()
-        with autocast(args.dtype, device), torch.no_grad():
-            images = [generate(denoiser, rae, part, (part % num_classes).to(device), args.seed, steps, num_classes,
-                               cfg_scale=args.cfg, gamma=args.gamma, noise=args.sampling_noise, sigma=args.sigma)
-                      for part in indices.split(50)]
+        images = [generate(denoiser, rae, part, (part % num_classes).to(device), args.seed, steps, num_classes,
+                           cfg_scale=args.cfg, gamma=args.gamma, noise=args.sampling_noise, sigma=args.sigma)
+                  for part in indices.split(50)]
         model.train()
         return torch.cat(images), indices % num_classes
 

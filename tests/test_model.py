@@ -22,13 +22,13 @@ def test_sizes_of_the_paper():
 
 
 def test_block_agrees_with_timm():
-    timm_attention = pytest.importorskip("timm.layers").Attention
     from timm.layers import Mlp
+    from timm.models.vision_transformer import Attention
     torch.manual_seed(0)
     block = SiTBlock(64, 4, 4.0)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    attention = timm_attention(64, num_heads=4, qkv_bias=True)
+    attention = Attention(64, num_heads=4, qkv_bias=True)
     mlp = Mlp(64, 256, act_layer=lambda: torch.nn.GELU(approximate="tanh"))
     attention.load_state_dict(block.attn.state_dict())
     mlp.load_state_dict(block.mlp.state_dict())

@@ -230,7 +230,7 @@ def number(kind, low=-math.inf, high=math.inf):
 
 
 def user_errors(main):
-    """Decorator of every main(argv=None): a UserError ends the program with its line and its exit status."""
+    """Decorator of every main(argv=None): a UserError (or Ctrl-C) ends the program with one line and an exit status."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
@@ -238,6 +238,9 @@ def user_errors(main):
         except UserError as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_status) from error
+        except KeyboardInterrupt:
+            print(f"{Path(sys.argv[0]).name}: interrupted; what is on the disk is whole", file=sys.stderr)
+            raise SystemExit(130) from None
     return wrapped
 
 

@@ -124,3 +124,13 @@ def test_user_errors_are_one_line(capsys):
         main()
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith("error: this is wrong, do that\n")
+
+
+def test_ctrl_c_is_one_line(capsys):
+    @user_errors
+    def main(argv=None):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and "interrupted" in error and error.count("\n") == 1

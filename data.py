@@ -9,6 +9,7 @@ The last section is what every script needs and no library has in this form: one
 """
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import math
@@ -222,7 +223,7 @@ def number(kind, low=-math.inf, high=math.inf):
     def parse(text):
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            bounds = f"from {low} to {high}" if high < math.inf else f"{low} or more" if low > -math.inf else "finite"
             raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
     parse.__name__ = kind.__name__                                         # argparse says "invalid int value"
@@ -230,7 +231,7 @@ def number(kind, low=-math.inf, high=math.inf):
 
 
 def user_errors(main):
-    """Decorator of every main(argv=None): a UserError (or Ctrl-C) ends the program with one line and an exit status."""
+    """Decorator of every main(argv=None): a UserError, a disk that refuses, or Ctrl-C end in one line and a status."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
@@ -238,6 +239,11 @@ def user_errors(main):
         except UserError as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_status) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+                raise
+            print(f"{Path(sys.argv[0]).name}: error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+            raise SystemExit(1) from error
         except KeyboardInterrupt:
             print(f"{Path(sys.argv[0]).name}: interrupted; what is on the disk is whole", file=sys.stderr)
             raise SystemExit(130) from None
@@ -248,7 +254,7 @@ def user_errors(main):
 def write_whole(path):
     """Yields a temporary path beside `path` and renames it at the end: readers never meet half a file."""
     path = Path(path)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{path.name}")                            # what a kill left there is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

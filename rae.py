@@ -8,6 +8,7 @@ An RAE is an encoder, a decoder and statistics that bring the latents to mean 0 
 """
 import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from data import UsageError, UserError, write_whole
+from data import UsageError, UserError
 
 
 class RAE(nn.Module):
@@ -150,7 +151,8 @@ class LatentCache:
     """Latents of a data set, both flips, float16, memory-mapped: folder/latents.npy (N, 2, C, h, w).
 
     The folder's name holds a hash of what made them (data set, autoencoder). Chunks of pictures are encoded by the
-    processes in turn and ticked off in done.npy, so an interrupted encoding goes on where it stopped.
+    processes in turn and ticked off in done.npy, so an interrupted encoding goes on where it stopped, and several runs
+    may fill one cache at the same time: they write the same numbers.
     """
     chunk = 256                                                           # pictures; always the same ones together
 
@@ -160,7 +162,7 @@ class LatentCache:
                     "shape": [len(dataset.labels), 2, *rae.latent_shape]}
         key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = root / f"{dataset.name}-{rae.name}-{key}"
-        if rank == 0 and not (self.folder / "manifest.json").exists():
+        if rank == 0 and not self.folder.exists():
             self._create(manifest)
         barrier()
         found = json.loads((self.folder / "manifest.json").read_text())
@@ -175,16 +177,23 @@ class LatentCache:
         barrier()
 
     def _create(self, manifest):
-        size = 2 * int(np.prod(manifest["shape"]))                        # bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if free < size * 1.05:
-            raise UserError(f"the latents need {size / 1e9:.1f} GB but {self.folder} has {free / 1e9:.1f} GB free")
-        np.lib.format.open_memmap(self.folder / "latents.npy", "w+", np.float16, tuple(manifest["shape"]))
-        chunks = -(-manifest["shape"][0] // self.chunk)
-        np.lib.format.open_memmap(self.folder / "done.npy", "w+", bool, (chunks,))
-        with write_whole(self.folder / "manifest.json") as part:          # last: its presence says the files are there
-            part.write_text(json.dumps(manifest, indent=1))
+        """An empty cache, made elsewhere and renamed: nobody meets half of one, or empties one that is being filled."""
+        size, chunks = 2 * int(np.prod(manifest["shape"])), -(-manifest["shape"][0] // self.chunk)    # bytes, chunks
+        part = self.folder.with_name(f".part-{os.getpid()}-{self.folder.name}")
+        part.mkdir(parents=True)
+        try:
+            free = shutil.disk_usage(part).free
+            if free < size * 1.05:
+                raise UserError(f"the latents need {size / 1e9:.1f} GB but {part.parent} has {free / 1e9:.1f} GB free")
+            np.lib.format.open_memmap(part / "latents.npy", "w+", np.float16, tuple(manifest["shape"]))
+            np.lib.format.open_memmap(part / "done.npy", "w+", bool, (chunks,))
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            part.rename(self.folder)
+        except OSError:
+            if not self.folder.exists():                                  # else another run was faster: its cache will do
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     def _encode(self, dataset, rae, where):
         images = to_float(dataset.load(range(where.start, where.stop))).to(rae.latent_var.device)

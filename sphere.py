@@ -164,7 +164,7 @@ def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85
     z = eps = draw()                                                      # line 2
     for t in range(1, steps + 1):
         v = spherify(z)                                                   # line 5
-        z_hat = full_precision(denoiser(v, y))                                  # line 6
+        z_hat = full_precision(denoiser(v, y))                            # line 6
         if cfg_scale != 1:
             z_null = full_precision(denoiser(v, y_null))
             z_hat = z_null + cfg_scale * (z_hat - z_null)

@@ -342,7 +342,7 @@ def train(args, rank, world, device):
             names, sums = accumulate_gradients(step, to_log)
             grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf).item()
             if not math.isfinite(grad_norm):
-                raise UserError(f"step {step}: the gradient norm is {grad_norm}; {out}/ckpt.pt is the last good one: "
+                raise UserError(f"step {step}: the gradient norm is {grad_norm}; what {out} holds is from before that: "
                                 "try a lower --lr, --clip 1 or --dtype float32")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)

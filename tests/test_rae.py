@@ -105,21 +105,34 @@ def test_cache_continues_and_is_shared(setting):
     dataset, rae, root = setting
     whole = LatentCache(dataset, rae, root)
     expected = np.array(whole.latents)
-    # Two processes, the second of which died in the middle of its chunks.
+    # Two processes, the second of which was killed with two of its chunks to do.
     shutil.rmtree(whole.folder)
     LatentCache(dataset, rae, root, rank=0, world=2)
-    half = LatentCache.__new__(LatentCache)
-    encoded = []
-    half._encode = encoded.append
     LatentCache(dataset, rae, root, rank=1, world=2)
     done = np.load(whole.folder / "done.npy", mmap_mode="r+")
+    assert done.all()
     done[[3, 5]] = False
-    latents = np.load(whole.folder / "latents.npy", mmap_mode="r+")
-    latents[15:20] = latents[25:30] = 0
+    np.load(whole.folder / "latents.npy", mmap_mode="r+")[[15, 19, 25, 29]] = 0
     assert np.array_equal(np.array(LatentCache(dataset, rae, root).latents), expected)
     # A finished cache reads no picture at all.
     dataset.load = None
     assert np.array_equal(np.array(LatentCache(dataset, rae, root).latents), expected)
+
+
+def test_two_runs_may_start_a_cache_at_once(setting, monkeypatch):
+    """The slower one does not empty what the faster one has filled."""
+    dataset, rae, root = setting
+    create = LatentCache._create
+
+    def slow(self, manifest):
+        monkeypatch.setattr(LatentCache, "_create", create)
+        LatentCache(dataset, rae, root)                                    # another run comes first, and finishes
+        dataset.load = None
+        create(self, manifest)
+
+    monkeypatch.setattr(LatentCache, "_create", slow)
+    cache = LatentCache(dataset, rae, root)
+    assert np.abs(cache.latents).sum() > 0 and [p.name for p in root.iterdir()] == [cache.folder.name]
 
 
 def test_cache_refuses(setting, monkeypatch):

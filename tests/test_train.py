@@ -203,6 +203,17 @@ def test_bad_folders(photos, tmp_path, capsys):
     fails(capsys, 1, "does not exist", ["--dataset", str(tmp_path / "missing")])
 
 
+def test_files_where_folders_should_be_and_a_full_disk(photos, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    fails(capsys, 1, "file/latents", train_args(tmp_path, "--data-dir", str(tmp_path / "file")))
+    fails(capsys, 1, "cannot write", train_args(tmp_path, "--out-dir", str(tmp_path / "file")))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "log_line", full)                           # as the log's own write would
+    fails(capsys, 1, "the disk: No space left on device", train_args(tmp_path, "--steps", "2"))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: training and resuming on one")
 def test_training_on_a_gpu(photos, tmp_path):
     for steps in ("10", "20"):

@@ -1,35 +1,68 @@
 """Which pictures, which labels, in which order.
 
     toy           ten species of flowers, drawn here by formula: nothing to download
+    flowers       Oxford-Flowers-102: 8,189 photographs of 102 species; fetched
+    animal-faces  the training pictures of AFHQ: 14,630 faces of cats, dogs and wild animals; fetched
+    imagenet      the training pictures of ILSVRC2012, which you have to put into DATA_DIR/imagenet yourself
     PATH          a folder with one folder of pictures for each class: PATH/daisy/1.jpg, PATH/rose/7.png, ...
 
 A data set has `name`, `classes` (names, the index is the label), `labels` (N,), `recipe` (what makes its pixels; the
 cache of latents is named by it) and `load(indices)` -> uint8 (b, 3, image_size, image_size).
-The last section is what every script needs and no library has in this form: one-line errors, whole files, keyed noise.
+The last two sections are what every script needs: downloads that are resumed and verified, one-line errors, whole
+files, keyed noise.
 """
 import argparse
 import contextlib
 import errno
 import functools
 import hashlib
+import http.client
+import json
 import math
 import os
+import re
+import shutil
+import ssl
 import sys
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 
-def load_dataset(name, image_size, min_side=1):
-    """A data set by name or by folder, at image_size pixels; pictures with a side under min_side are refused."""
+def load_dataset(name, image_size, min_side=1, root="datasets", split="all", skip_bad=False):
+    """A data set by name or by folder, at image_size pixels.
+
+    root: the folder of what is downloaded; split: train, val, test or all, of flowers. Pictures that cannot be read or
+    have a side under min_side are an error, or with skip_bad left out and counted.
+    """
+    name = str(name)
+    if split != "all" and name != "flowers":
+        raise UsageError(f"--split {split}: only flowers has splits; {name} is its training pictures")
     if name == "toy":
         return ToyFlowers(image_size)
-    if not os.path.exists(name) and os.sep not in name:
-        raise UsageError(f"no data set is called {name!r} and no folder of that name is here: use toy or a PATH")
-    return PictureFolder(name, image_size, min_side)
+    if name == "flowers":
+        found = oxford_flowers(Path(root) / "flowers", split)
+    elif name == "animal-faces":
+        found = animal_faces(Path(root) / "animal-faces")
+    elif name == "imagenet":
+        found = imagenet(Path(root) / "imagenet")
+    elif os.path.exists(name) or os.sep in name:
+        name, found = Path(name).resolve().name, class_folders(Path(name))
+    else:
+        raise UsageError(f"no data set is called {name!r} and no folder of that name is here: "
+                         "use toy, flowers, animal-faces, imagenet or a PATH")
+    crop = adm_crop if name == "imagenet" else centre_crop
+    return Pictures(name, *found, image_size, crop, min_side, Path(root) / "bad" if skip_bad else None)
 
 
 def global_batch(n, batch_size, step, seed):
@@ -141,33 +174,53 @@ def draw_flowers(labels, variation, image_size):
     return image.clamp(0, 255).round().to(torch.uint8)
 
 
-# ---- PATH: a folder of class folders --------------------------------------------------------------------------------
+# ---- Picture files --------------------------------------------------------------------------------------------------
 
-class PictureFolder:
-    """path/CLASS/**/picture. Classes in alphabetical order. Centre-cropped to a square, then resized (bicubic)."""
+class Pictures:
+    """files (N,) under folder, with labels (N,) into classes; cropped to a square by crop(picture, image_size)."""
 
-    def __init__(self, path, image_size, min_side=1):
-        self.path, self.image_size, self.min_side = Path(path), image_size, min_side
-        self.name = self.path.resolve().name
-        if not self.path.is_dir():
-            found = "is a file" if self.path.exists() else "does not exist"
-            raise UserError(f"{path} {found}: --dataset needs a folder with one folder of pictures for each class")
-        known = Image.registered_extensions()
-        self.classes = sorted(d.name for d in self.path.iterdir() if d.is_dir() and not d.name.startswith("."))
-        if not self.classes:
-            raise UserError(f"{path} has no class folders: put the pictures into {path}/CLASS/ (one class is enough)")
-        self.files, labels = [], []
-        for label, name in enumerate(self.classes):
-            files = sorted(f for f in (self.path / name).rglob("*")
-                           if f.suffix.lower() in known and not f.name.startswith("."))
-            if not files:
-                raise UserError(f"{self.path / name} has no pictures: remove the folder or put some in")
-            self.files += files
-            labels += [label] * len(files)
-        self.labels = torch.tensor(labels)
-        listing = "\n".join(f"{f.relative_to(self.path)} {f.stat().st_size}" for f in self.files)
-        self.recipe = {"dataset": self.name, "n": len(self.files), "image_size": image_size, "crop": "centre, bicubic",
-                       "files": hashlib.sha256(listing.encode()).hexdigest()}
+    def __init__(self, name, folder, files, labels, classes, image_size, crop, min_side=1, bad_folder=None):
+        self.name, self.folder, self.files, self.classes = name, Path(folder), files, classes
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        self.image_size, self.crop, self.min_side = image_size, crop, min_side
+        listing = self._listing()
+        if bad_folder:
+            bad = set(self._bad(bad_folder / f"{name}-{min_side}-{listing[:12]}.json"))
+            good = [i for i, file in enumerate(files) if file not in bad]
+            self.files, self.labels = [files[i] for i in good], self.labels[good]
+            if bad:
+                print(f"--skip-bad: {len(bad)} of {len(files)} pictures of {name} are left out, {min(bad)} the first")
+                listing = self._listing()
+        for label, count in enumerate(torch.bincount(self.labels, minlength=len(classes))):
+            if not count:
+                raise UserError(f"class {classes[label]} of {folder} has no pictures: remove it or put some in")
+        self.recipe = {"dataset": name, "n": len(self.files), "image_size": image_size, "crop": crop.__name__,
+                       "files": listing}
+
+    def _listing(self):
+        """A hash of all names and sizes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            try:
+                digest.update(f"{file} {os.stat(self.folder / file).st_size}\n".encode())
+            except FileNotFoundError:
+                raise UserError(f"{self.folder / file} is missing: if it came out of an archive, remove {self.folder} "
+                                "to unpack that again") from None
+        return digest.hexdigest()
+
+    def _bad(self, path):
+        """The files that cannot be read. All are read once; what was found is kept at path."""
+        if not path.exists():
+            def error_of(file):
+                try:
+                    self._read(file)
+                except UserError as error:
+                    return str(error)
+            with ThreadPoolExecutor() as pool:
+                errors = list(tqdm(pool.map(error_of, self.files), total=len(self.files), desc="checking", leave=False))
+            with write_whole(path) as part:
+                part.write_text(json.dumps({f: error for f, error in zip(self.files, errors) if error}, indent=1))
+        return json.loads(path.read_text())
 
     def load(self, indices):
         with ThreadPoolExecutor() as pool:                                 # PIL lets go of the GIL while it decodes
@@ -175,21 +228,232 @@ class PictureFolder:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()    # (b, S, S, 3) -> (b, 3, S, S)
 
     def _read(self, file):
+        file = self.folder / file
         try:
-            with Image.open(file) as picture:
-                picture = ImageOps.exif_transpose(picture)
-                if picture.mode.startswith("I"):                           # 16-bit grey, which convert() would clip
-                    picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-                picture = picture.convert("RGB")
+            picture = read_rgb(file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # what PIL raises
-            raise UserError(f"{file} cannot be read as a picture ({error}): repair or remove it") from error
+            raise UserError(f"{file} cannot be read as a picture ({error}): repair or remove it, or use --skip-bad") \
+                from error
         (W, H), side = picture.size, min(picture.size)
         if side < self.min_side:
             raise UserError(f"{file} is {W} x {H}, smaller than the autoencoder's patch of "
-                            f"{self.min_side} pixels: remove it")
-        left, top = (W - side) // 2, (H - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-        return np.asarray(picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))
+                            f"{self.min_side} pixels: remove it, or use --skip-bad")
+        return np.asarray(self.crop(picture, self.image_size))
+
+
+def read_rgb(file):
+    """Any picture that PIL reads, upright, in RGB; what is transparent becomes white."""
+    with Image.open(file) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):                                   # 16-bit grey, which convert() would clip
+            grey = np.asarray(picture)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise ValueError(f"grey values from {grey.min()} to {grey.max()}, more than 16 bits")
+            picture = Image.fromarray((grey / 257).round().astype(np.uint8))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+
+def centre_crop(picture, image_size):
+    """The largest square in the middle, then resized (bicubic; PIL filters when it shrinks). Nothing is squashed."""
+    (W, H), side = picture.size, min(picture.size)
+    left, top = (W - side) // 2, (H - side) // 2
+    picture = picture.crop((left, top, left + side, top + side))
+    return picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def adm_crop(picture, image_size):
+    """ADM's two steps, on which ImageNet's published FIDs rest: halve while twice too large, bicubic, then crop."""
+    while min(picture.size) >= 2 * image_size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), Image.Resampling.BOX)
+    scale = image_size / min(picture.size)
+    W, H = (round(side * scale) for side in picture.size)
+    left, top = (W - image_size) // 2, (H - image_size) // 2
+    picture = picture.resize((W, H), Image.Resampling.BICUBIC)
+    return picture.crop((left, top, left + image_size, top + image_size))
+
+
+# ---- Where the files are: (folder, files, labels, classes) of each data set ------------------------------------------
+
+def class_folders(folder):
+    """folder/CLASS/**/picture; classes in alphabetical order."""
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {found}: --dataset needs a folder with one folder of pictures for each class")
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder} has no class folders: put the pictures into {folder}/CLASS/ (one class is enough)")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = [os.path.relpath(file, folder) for file in picture_files(folder / name)]
+        if not found:
+            raise UserError(f"{folder / name} has no pictures: remove the folder or put some in")
+        files += found
+        labels += [label] * len(found)
+    return folder, files, labels, classes
+
+
+def picture_files(folder):
+    """All files under folder whose name ends as that of a format that PIL reads, sorted."""
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
+                  if os.path.splitext(name)[1].lower() in known and not name.startswith("."))
+
+
+# Sizes in bytes. The MD5 sums are those that torchvision checks.
+FLOWERS_URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+FLOWERS_FILES = {
+    "102flowers.tgz": dict(size=344_862_509, md5="52808999861908f626f3c1f4e79d11fa"),
+    "imagelabels.mat": dict(md5="e0620be6f572b9609742df49c70aed4d"),
+    "setid.mat": dict(md5="a5357ecc9cb78c4bef273ce3793fc85c"),
+}
+FLOWERS_CLASSES = """\
+pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, bird
+of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris, globe-flower,
+purple coneflower, peruvian lily, balloon flower, giant white arum lily, fire lily, pincushion flower, fritillary, red
+ginger, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke, sweet william, carnation,
+garden phlox, love in the mist, mexican aster, alpine sea holly, ruby-lipped cattleya, cape flower, great masterwort,
+siam tulip, lenten rose, barbeton daisy, daffodil, sword lily, poinsettia, bolero deep blue, wallflower, marigold,
+buttercup, oxeye daisy, common dandelion, petunia, wild pansy, primula, sunflower, pelargonium, bishop of llandaff,
+gaura, geranium, orange dahlia, pink-yellow dahlia?, cautleya spicata, japanese anemone, black-eyed susan, silverbush,
+californian poppy, osteospermum, spring crocus, bearded iris, windflower, tree poppy, gazania, azalea, water lily,
+rose, thorn apple, morning glory, passion flower, lotus, toad lily, anthurium, frangipani, clematis, hibiscus,
+columbine, desert-rose, tree mallow, magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm, ball moss,
+foxglove, bougainvillea, camellia, mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily
+""".strip().replace("\n", " ").split(", ")
+
+
+def oxford_flowers(folder, split):
+    from scipy.io import loadmat
+
+    def fetch(name):
+        return download(FLOWERS_URL + name, folder / name, **FLOWERS_FILES[name])
+
+    if not (folder / "jpg").exists():
+        unpack(fetch("102flowers.tgz"), folder, "jpg")
+    labels = loadmat(fetch("imagelabels.mat"))["labels"][0] - 1            # (8189,), of image 1, 2, ...
+    splits = loadmat(fetch("setid.mat"))
+    keys = {"train": ["trnid"], "val": ["valid"], "test": ["tstid"], "all": ["trnid", "valid", "tstid"]}[split]
+    numbers = sorted(int(i) for key in keys for i in splits[key][0])
+    files = [f"image_{i:05d}.jpg" for i in numbers]
+    return folder / "jpg", files, [int(labels[i - 1]) for i in numbers], FLOWERS_CLASSES
+
+
+# AFHQ (version 1) of StarGAN v2, whose authors publish no checksum; size and sum are those found in other people's
+# download scripts.
+AFHQ_URL = "https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1"
+AFHQ_FILE = dict(size=729_484_677, sha256="7f63dcc14ef58c0e849b59091287e1844da97016073aac20403ae6c6132b950f")
+
+
+def animal_faces(folder):
+    if not (folder / "afhq").exists():
+        unpack(download(AFHQ_URL, folder / "afhq.zip", **AFHQ_FILE), folder, "afhq")
+    return class_folders(folder / "afhq" / "train")
+
+
+def imagenet(folder):
+    classes = [d.name for d in folder.iterdir() if re.fullmatch(r"n\d{8}", d.name)] if folder.is_dir() else []
+    if len(classes) != 1000:
+        raise UserError(f"{folder} has {len(classes)} of the 1000 class folders n01440764 ... n15075141. ImageNet can't "
+                        "be downloaded without an account: get ILSVRC2012's training pictures from image-net.org and "
+                        f"put the folders there, or a link: ln -s /where/they/are/train {folder}")
+    return class_folders(folder)
+
+
+# ---- Downloads ------------------------------------------------------------------------------------------------------
+
+def download(url, path, size=None, sha256=None, md5=None):
+    """-> path, a whole and verified file: fetched unless it is there, going on where an earlier download broke off.
+
+    size in bytes; http, https and file URLs. UserError: no network, no room, or not the file that was expected.
+    """
+    path, part = Path(path), Path(f"{path}.part")
+    if path.exists():
+        return verify(path, f"remove it to fetch it again from {url}", size, sha256, md5)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    by_hand = f"or put the file at {path} by hand"
+    if not have or have != size:
+        headers = {"User-Agent": "sphere-latent-encoder", **({"Range": f"bytes={have}-"} if have else {})}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as response:
+                if response.status != 206:                                 # the server sends it from the beginning
+                    have = 0
+                total = have + int(response.headers["Content-Length"] or 0)
+                free = shutil.disk_usage(part.parent).free
+                if total - have > free:
+                    raise UserError(f"{url} has {total / 1e9:.2f} GB, but {part.parent} has {free / 1e9:.2f} GB free")
+                with open(part, "ab" if have else "wb") as file, tqdm(
+                        desc=path.name, total=total or None, initial=have, unit="B", unit_scale=True) as bar:
+                    while block := response.read(1 << 20):
+                        have += file.write(block)
+                        bar.update(len(block))
+        except urllib.error.HTTPError as error:
+            if error.code == 416:                                          # there is no more: not a part of this file
+                part.unlink()
+                return download(url, path, size, sha256, md5)
+            raise UserError(f"{url} cannot be fetched ({error}): try later, {by_hand}") from error
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
+            so_far = f" after {have / 1e6:.1f} MB, from where the same command goes on" if have else ""
+            reason = getattr(error, "reason", error)
+            raise UserError(f"{url} cannot be fetched ({reason}){so_far}: is there a network? Try again, {by_hand}") \
+                from error
+        if have < total:
+            raise UserError(f"{url} broke off at {have / 1e6:.1f} of {total / 1e6:.1f} MB: the same command goes on "
+                            f"from there, {by_hand}")
+    try:
+        verify(part, f"it was removed; fetch {url} again, {by_hand}", size, sha256, md5)
+    except UserError:
+        part.unlink()
+        raise
+    part.replace(path)
+    return path
+
+
+def verify(path, what_to_do, size=None, sha256=None, md5=None):
+    """-> path, if the file has this size in bytes and these sums; else UserError, ending in what_to_do."""
+    found = Path(path).stat().st_size
+    if size is not None and found != size:
+        raise UserError(f"{path} has {found:,} bytes, expected were {size:,}: {what_to_do}")
+    for kind, expected in (("sha256", sha256), ("md5", md5)):
+        if expected and (found := file_hash(path, kind)) != expected:
+            raise UserError(f"{path} has the {kind} {found}, expected was {expected}: {what_to_do}")
+    return path
+
+
+def file_hash(path, kind="sha256"):
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unpack(archive, folder, name):
+    """The folder `name` of a .zip or .tgz -> folder/name, whole or not at all, without links or names that lead out."""
+    def plain(member, path):
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.FilterError(f"{member.name} is a link or a device")
+        return tarfile.data_filter(member, path)
+
+    part = folder / f".part-{os.getpid()}-{name}"
+    print(f"unpacking {archive}", flush=True)
+    try:
+        if archive.suffix == ".zip":                                       # makes no links, keeps names inside
+            with zipfile.ZipFile(archive) as opened:
+                opened.extractall(part)
+        else:
+            with tarfile.open(archive) as opened:
+                opened.extractall(part, filter=plain)
+        if not (part / name).is_dir():
+            raise UserError(f"{archive} has no folder {name}: it is another archive than expected")
+        (part / name).rename(folder / name)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it again") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # ---- What every script needs ----------------------------------------------------------------------------------------
@@ -269,6 +533,21 @@ def write_whole(path):
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def first_process_first(rank):
+    """What is inside is done by process 0 before the others begin: it downloads, they find it on the disk."""
+    if rank > 0:
+        barrier()
+    yield
+    if rank == 0:
+        barrier()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def keyed_generator(*key, device="cpu"):

@@ -13,11 +13,10 @@ import shutil
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from data import UsageError, UserError
+from data import UsageError, UserError, barrier
 
 
 class RAE(nn.Module):
@@ -207,8 +206,3 @@ class LatentCache:
     def batch(self, indices, flips):
         """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
         return torch.from_numpy(self.latents[indices, flips]), self.labels[indices]
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()

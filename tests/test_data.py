@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (PictureFolder, ToyFlowers, UsageError, UserError, global_batch, keyed_generator, load_dataset,
+from data import (ToyFlowers, UsageError, UserError, global_batch, keyed_generator, load_dataset,
                   user_errors, write_whole)
 
 
@@ -47,7 +47,7 @@ def test_toy_species_differ_and_scale():
 
 
 def test_folder(photos):
-    found = PictureFolder(photos, 32)
+    found = load_dataset(str(photos), 32)
     assert found.classes == ["left", "right", "top"] and found.name == "photos"
     assert torch.bincount(found.labels).tolist() == [12, 12, 12]
     pictures = found.load([0, 13, 25])
@@ -57,9 +57,9 @@ def test_folder(photos):
     assert np.array_equal(pictures[0].permute(1, 2, 0).numpy(), expected)
     (photos / "left" / "notes.txt").write_text("not a picture")
     (photos / "left" / ".hidden.png").write_text("nor this")
-    assert PictureFolder(photos, 32).recipe == found.recipe
+    assert load_dataset(str(photos), 32).recipe == found.recipe
     Image.new("RGB", (50, 50)).save(photos / "left" / "more.png")
-    assert PictureFolder(photos, 32).recipe != found.recipe
+    assert load_dataset(str(photos), 32).recipe != found.recipe
 
 
 def test_folder_reads_every_kind_of_picture(tmp_path):
@@ -76,7 +76,7 @@ def test_folder_reads_every_kind_of_picture(tmp_path):
     half = np.zeros((20, 20, 3), np.uint8)
     half[:10] = 200
     Image.fromarray(half).save(folder / "f.png", exif=exif)
-    found = PictureFolder(tmp_path / "set", 16).load(range(6)).float()
+    found = load_dataset(str(tmp_path / "set"), 16).load(range(6)).float()
     assert ((found[:5] - 100).abs() < 6).all()
     assert (found[5, :, :, 10:] > 190).all() and (found[5, :, :, :6] < 10).all()
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import PictureFolder, ToyFlowers, UsageError, UserError
+from data import ToyFlowers, UsageError, UserError, load_dataset
 from rae import LatentCache, fit_rae, load_rae, to_float, to_uint8
 
 
@@ -86,7 +86,7 @@ def test_few_and_plain_pictures():
 @pytest.fixture
 def setting(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(LatentCache, "chunk", 5)                           # 36 pictures: 8 chunks
-    dataset = PictureFolder(photos, 32)
+    dataset = load_dataset(str(photos), 32)
     return dataset, fit_rae("toy", dataset.load(range(36)), channels=8), tmp_path / "latents"
 
 

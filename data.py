@@ -65,6 +65,13 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     return Pictures(name, *found, image_size, crop, min_side, Path(root) / "bad" if skip_bad else None)
 
 
+def open_pictures(args, rank):
+    """load_dataset by train.py's arguments; the first process fetches what has to be fetched."""
+    min_side = args.rae_patch if args.rae == "toy" else 1
+    with first_process_first(rank):
+        return load_dataset(args.dataset, args.image_size, min_side, args.data_dir, args.split, args.skip_bad)
+
+
 def global_batch(n, batch_size, step, seed):
     """Indices (batch_size,) of the examples of a step: one endless row of permutations, cut into batches.
 
@@ -228,32 +235,30 @@ class Pictures:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()    # (b, S, S, 3) -> (b, 3, S, S)
 
     def _read(self, file):
-        file = self.folder / file
-        try:
-            picture = read_rgb(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # what PIL raises
-            raise UserError(f"{file} cannot be read as a picture ({error}): repair or remove it, or use --skip-bad") \
-                from error
-        (W, H), side = picture.size, min(picture.size)
-        if side < self.min_side:
-            raise UserError(f"{file} is {W} x {H}, smaller than the autoencoder's patch of "
-                            f"{self.min_side} pixels: remove it, or use --skip-bad")
+        picture = read_picture(self.folder / file)
+        if min(picture.size) < self.min_side:
+            raise UserError(f"{self.folder / file} is {picture.width} x {picture.height}, smaller than the "
+                            f"autoencoder's patch of {self.min_side} pixels: remove it, or use --skip-bad")
         return np.asarray(self.crop(picture, self.image_size))
 
 
-def read_rgb(file):
-    """Any picture that PIL reads, upright, in RGB; what is transparent becomes white."""
-    with Image.open(file) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):                                   # 16-bit grey, which convert() would clip
-            grey = np.asarray(picture)
-            if grey.min() < 0 or grey.max() > 65535:
-                raise ValueError(f"grey values from {grey.min()} to {grey.max()}, more than 16 bits")
-            picture = Image.fromarray((grey / 257).round().astype(np.uint8))
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+def read_picture(file):
+    """Any picture that PIL reads, upright, in RGB; what is transparent becomes white. UserError names a bad file."""
+    try:
+        with Image.open(file) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):                               # 16-bit grey, which convert() would clip
+                grey = np.asarray(picture)
+                if grey.min() < 0 or grey.max() > 65535:
+                    raise ValueError(f"grey values from {grey.min()} to {grey.max()}, more than 16 bits")
+                picture = Image.fromarray((grey / 257).round().astype(np.uint8))
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:       # what PIL raises
+        raise UserError(f"{file} cannot be read as a picture ({error}): repair or remove it, "
+                        "or use --skip-bad") from error
 
 
 def centre_crop(picture, image_size):
@@ -356,8 +361,8 @@ def animal_faces(folder):
 def imagenet(folder):
     classes = [d.name for d in folder.iterdir() if re.fullmatch(r"n\d{8}", d.name)] if folder.is_dir() else []
     if len(classes) != 1000:
-        raise UserError(f"{folder} has {len(classes)} of the 1000 class folders n01440764 ... n15075141. ImageNet can't "
-                        "be downloaded without an account: get ILSVRC2012's training pictures from image-net.org and "
+        raise UserError(f"{folder} has {len(classes)} of the 1000 class folders n01440764 ... n15075141. ImageNet "
+                        "can't be downloaded without an account: get ILSVRC2012's training pictures from image-net.org and "
                         f"put the folders there, or a link: ln -s /where/they/are/train {folder}")
     return class_folders(folder)
 

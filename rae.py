@@ -1,34 +1,48 @@
 """The frozen autoencoder between images and latents, and the cache of latents that training reads.
 
-An RAE is an encoder, a decoder and statistics that bring the latents to mean 0 and a chosen variance. Images are
-(B, 3, H, W) in [0, 1], latents (B, C, h, w). The one here:
+    python rae.py reconstruct photo.png                 # is the autoencoder right? original beside reconstruction, PSNR
+    python rae.py encode --dataset flowers              # fill the cache of latents ahead of train.py, with its flags
 
-    toy    linear, in closed form: principal components of the training pictures' patches. It is fitted in seconds and
-           travels inside the checkpoint. It knows colours and edges, nothing of what is in a picture.
+An RAE is an encoder, a decoder and statistics that bring the latents to mean 0 and a chosen variance. Images are
+(B, 3, H, W) in [0, 1], latents (B, C, h, w). There are two:
+
+    dinov2-b   the official one of the paper: DINOv2-B with registers, a ViT-XL decoder, 256 x 256 pictures, latents
+               768 x 16 x 16. Its 2 GB of weights are fetched once from the Hugging Face Hub.
+    toy        linear, in closed form: principal components of the training pictures' patches. It is fitted in seconds
+               and travels inside the checkpoint. It knows colours and edges, nothing of what is in a picture.
 """
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from data import UsageError, UserError, barrier
+from data import (ArgumentParser, UsageError, UserError, barrier, centre_crop, first_process_first, keyed_generator,
+                  open_pictures, read_picture, user_errors, verify, write_whole)
 
 
 class RAE(nn.Module):
-    """encoder: (B, 3, H, W) in [0, 1] -> (B, C, h, w); decoder: the way back; latent_mean and latent_var: broadcast
-    to (C, h, w). image_size: what the denoiser's latents decode to; patch_size: pixels to a side of a latent's pixel."""
+    """encoder: (B, 3, H, W) in [0, 1] -> (B, C, h, w); decoder: the way back; latent_mean and latent_var: (C, h, w), or
+    (C, 1, 1) for any h and w. image_size: what the denoiser's latents decode to; patch_size: pixels to a side of a
+    latent's pixel; files: name -> sha256 of the weights that a checkpoint need not keep."""
 
-    def __init__(self, encoder, decoder, latent_mean, latent_var, image_size, patch_size, name):
+    def __init__(self, encoder, decoder, latent_mean, latent_var, image_size, patch_size, name, files=None):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.register_buffer("latent_mean", latent_mean)
         self.register_buffer("latent_var", latent_var)
-        self.image_size, self.patch_size, self.name = image_size, patch_size, name
+        self.image_size, self.patch_size, self.name, self.files = image_size, patch_size, name, files
         self.eval().requires_grad_(False)
 
     @property
@@ -45,23 +59,34 @@ class RAE(nn.Module):
         """(B, 3, H, W) in [0, 1] -> (B, C, h, w). ValueError where H or W is no multiple of the patch."""
         if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
             raise ValueError(f"{tuple(images.shape[2:])} is not divisible by the patch of {self.patch_size} pixels")
-        return (self.encoder(images) - self.latent_mean) / self.std
+        return (self._fitting(self.encoder(images)) - self.latent_mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents):
         """(B, C, h, w) -> (B, 3, H, W), not clamped: whoever makes a picture of it clamps."""
-        return self.decoder(latents * self.std + self.latent_mean)
+        return self.decoder(self._fitting(latents) * self.std + self.latent_mean)
+
+    def _fitting(self, z):
+        C, h, w = self.latent_mean.shape
+        if z.shape[1] != C or (h, w) not in ((1, 1), tuple(z.shape[2:])):
+            raise ValueError(f"latents {tuple(z.shape[1:])} do not fit this autoencoder's statistics, {(C, h, w)}")
+        return z
 
     def saved(self):
         """What a checkpoint keeps of it; load_rae is the way back."""
         config = {"name": self.name, "image_size": self.image_size, "patch_size": self.patch_size}
+        if self.files:
+            return {**config, "files": self.files}
         return {**config, "state": {key: value.cpu() for key, value in self.state_dict().items()}}
 
     def fingerprint(self):
-        """A hash of every number that decides about its latents."""
+        """A hash of what decides about its latents."""
         digest = hashlib.sha256(f"{self.name} {self.image_size}".encode())
-        for key, value in self.state_dict().items():
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
+        if self.files:
+            digest.update(json.dumps([self.files["encoder"], self.files["statistics"]]).encode())
+        else:
+            for key, value in self.state_dict().items():
+                digest.update(key.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -73,6 +98,234 @@ def to_float(images):
 def to_uint8(images):
     """Decoded images, about [0, 1] -> uint8 pictures."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# ---- dinov2-b: the official representation autoencoder --------------------------------------------------------------
+
+# Part -> repository on the Hub, revision, file, sha256. By hand the files go into one folder, --weights-dir.
+OFFICIAL_FILES = {
+    "encoder": ("facebook/dinov2-with-registers-base", "a1d738ccfa7ae170945f210395d99dde8adb1805", "model.safetensors",
+                "7a6f7b3b9fa4b8732e707476a03cd6cdce210048582f21aafb7991c17d98e362"),
+    "decoder": ("nyu-visionx/RAE-collections", "1be4f03273523431f099a934da4cf1940dc6039f",
+                "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+                "5fedf7c9660476a709e122cef18385c917532914a23f034388e1c1a52bde2be6"),
+    "statistics": ("nyu-visionx/RAE-collections", "1be4f03273523431f099a934da4cf1940dc6039f",
+                   "stats/dinov2/wReg_base/imagenet1k/stat.pt",
+                   "84ede66def5e6e3f25679334dc89cf63b12aacb99cbf0f5ae7ed4ad3187f7e59"),
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def official_rae(weights_dir=None):
+    """DINOv2-B with registers and the ViT-XL decoder, from verified files."""
+    paths = official_files(weights_dir)
+    from safetensors.torch import load_file
+    part = "encoder"
+    try:
+        encoder = DINOv2Encoder.from_hugging_face(load_file(paths[part]))
+        part = "decoder"
+        decoder = ViTDecoder.from_official(torch.load(paths[part], map_location="cpu", weights_only=True))
+        part = "statistics"
+        statistics = torch.load(paths[part], map_location="cpu", weights_only=True)
+        mean, var = statistics["mean"].float(), statistics["var"].float()                  # (768, 16, 16) each
+        side = encoder.side
+        shapes = {"mean": tuple(mean.shape), "var": tuple(var.shape), "encoder": (encoder.vit.embed_dim, side, side),
+                  "decoder": (decoder.embed.in_features, decoder.side, decoder.side)}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"the parts do not fit together: {shapes}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{paths[part]} is not the {part} that this code knows: {error}") from error
+    difference = (decoder.pos_embed - sincos_table(side, decoder.pos_embed.shape[2])).abs().max().item()
+    if difference > 1e-5:
+        print(f"note: the decoder's positions differ from the sin-cos formula by {difference:.2g}; the file's are used")
+    files = {part: sha256 for part, (_, _, _, sha256) in OFFICIAL_FILES.items()}
+    return RAE(encoder, decoder, mean, var, side * decoder.patch_size, decoder.patch_size, "dinov2-b", files)
+
+
+def official_files(weights_dir=None):
+    """-> part: path of its verified file, in weights_dir, or in the Hub's cache, or fetched from the Hub."""
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    paths, missing, reason = {}, [], f"not in {weights_dir}"
+    for part, (repo, revision, file, sha256) in OFFICIAL_FILES.items():
+        try:
+            if weights_dir:
+                path = Path(weights_dir) / Path(file).name
+                if not path.exists():
+                    raise FileNotFoundError(path)
+            else:                                                          # after a failure no other is waited for
+                path = hf_hub_download(repo, file, revision=revision, local_files_only=bool(missing))
+        except Exception as error:                                         # the Hub's client has many kinds
+            if isinstance(error, OSError) and error.errno == 28:           # disk full
+                raise
+            if not missing and not weights_dir:
+                reason = str(error.__cause__ or error).strip().splitlines()[0]
+            missing.append(f"  {part}: {Path(file).name} from {hf_hub_url(repo, file, revision=revision)}")
+        else:
+            paths[part] = verify(path, "remove it and fetch it again", sha256=sha256)
+    if missing:
+        raise UserError(f"the official autoencoder lacks {len(missing)} of 3 files ({reason}). Without a network, put "
+                        "them into a folder by hand and name it, --weights-dir FOLDER:\n" + "\n".join(missing))
+    return paths
+
+
+class DINOv2Encoder(nn.Module):
+    """(B, 3, S, S) in [0, 1] -> (B, D, 16, 16): timm's DINOv2 with registers at 224 x 224, last norm without affine."""
+
+    def __init__(self, hidden_size=768, depth=12, num_heads=12):
+        super().__init__()
+        import timm                                                        # seconds
+        self.vit = timm.create_model("vit_base_patch14_reg4_dinov2.lvd142m", img_size=224, num_classes=0,
+                                     embed_dim=hidden_size, depth=depth, num_heads=num_heads)
+        self.vit.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.side = self.vit.patch_embed.grid_size[0]
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_hugging_face(cls, state, num_heads=12):
+        """From transformers' Dinov2WithRegistersModel, whose sizes it takes. ValueError names keys that are wrong."""
+        import timm.layers
+        unused = ("embeddings.mask_token", "layernorm.weight", "layernorm.bias")           # of pretraining; the affine
+        state = {key: value for key, value in state.items() if key not in unused}
+        depth = len({key.split(".")[2] for key in state if key.startswith("encoder.layer.")})
+        cls_token, position = "embeddings.cls_token", "embeddings.position_embeddings"
+        if missing := [key for key in (cls_token, position) if key not in state]:
+            raise ValueError(f"missing {', '.join(missing)}")
+        encoder = cls(state[cls_token].shape[-1], depth, num_heads)
+        # timm adds the class token's position to the token, and has a table of the size that is needed.
+        table = state[position]                                            # (1, 1 + 37 * 37, D)
+        state[cls_token] = state[cls_token] + table[:, :1]
+        state[position] = timm.layers.resample_abs_pos_embed(table[:, 1:], [encoder.side] * 2, num_prefix_tokens=0)
+        load_renamed(encoder.vit, state, hugging_face_keys)
+        return encoder
+
+    def forward(self, images):
+        if images.shape[2] != images.shape[3]:
+            raise ValueError(f"images {tuple(images.shape[2:])} are not square, and would be squashed")
+        if images.shape[2] != 224:                                         # as official: no antialias, no clamp
+            images = F.interpolate(images, size=(224, 224), mode="bicubic", align_corners=False)
+        tokens = self.vit.forward_features((images - self.mean) / self.std)
+        tokens = tokens[:, self.vit.num_prefix_tokens:]                    # (B, 256, D), without class and registers
+        return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))                 # (B, D, 16, 16)
+
+
+class ViTDecoder(nn.Module):
+    """(B, C, h, h) -> (B, 3, h p, h p), about [0, 1]: the official RAE's decoder."""
+
+    def __init__(self, in_channels=768, hidden_size=1152, depth=28, num_heads=16, mlp_size=4096, patch_size=16,
+                 side=16):
+        super().__init__()
+        self.patch_size, self.side = patch_size, side
+        self.embed = nn.Linear(in_channels, hidden_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.pos_embed = nn.Parameter(sincos_table(side, hidden_size).float(), requires_grad=False)
+        self.blocks = nn.ModuleList(DecoderBlock(hidden_size, num_heads, mlp_size) for _ in range(depth))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.pred = nn.Linear(hidden_size, patch_size ** 2 * 3)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_official(cls, state_dict, num_heads=16):
+        """From the official state dict, whose sizes it takes (but num_heads). ValueError names wrong keys."""
+        try:
+            hidden_size, in_channels = state_dict["decoder_embed.weight"].shape
+            mlp_size = len(state_dict["decoder_layers.0.intermediate.dense.weight"])
+            patch_size = math.isqrt(len(state_dict["decoder_pred.weight"]) // 3)
+            side = math.isqrt(state_dict["decoder_pos_embed"].shape[1] - 1)
+        except KeyError as error:
+            raise ValueError(f"missing {error.args[0]}") from error
+        depth = len({key.split(".")[1] for key in state_dict if key.startswith("decoder_layers.")})
+        with torch.device("meta"):                                         # the numbers come from the file
+            decoder = cls(in_channels, hidden_size, depth, num_heads, mlp_size, patch_size, side)
+        load_renamed(decoder, state_dict, official_keys)
+        decoder.mean, decoder.std = (torch.tensor(t).view(3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
+        return decoder
+
+    def forward(self, z):
+        B, C, h, w = z.shape
+        if (h, w) != (self.side, self.side):
+            raise ValueError(f"{h} x {w} latents, but the table of positions is for {self.side} x {self.side}")
+        x = self.embed(z.flatten(2).transpose(1, 2))                       # (B, h w, D)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        x = self.pred(self.norm(x))[:, 1:]                                 # (B, h w, p p 3), without the class token
+        p = self.patch_size
+        x = x.view(B, h, w, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, h * p, w * p)
+        return x * self.std + self.mean
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, hidden_size, num_heads, mlp_size):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, N, D / heads) each
+        attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        x = x + self.proj(attention)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))               # GELU by erf
+
+
+def sincos_table(side, hidden_size):
+    """(1, 1 + side^2, hidden_size) float64: zeros for the class token; sin, cos of the column, sin, cos of the row."""
+    omega = 10000 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega                       # (side, hidden / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                    # (side, hidden / 2)
+    table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], dim=1)      # (side^2, hidden)
+    return torch.cat([torch.zeros(1, hidden_size), table])[None]
+
+
+def official_keys(ours):
+    """A key of ViTDecoder -> the official keys whose tensors, one below the other, are its tensor."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(weight|bias)", ours):
+        i, part, kind = match.groups()
+        parts = {"norm1": ["layernorm_before"], "proj": ["attention.output.dense"], "norm2": ["layernorm_after"],
+                 "qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
+                 "fc1": ["intermediate.dense"], "fc2": ["output.dense"]}[part]
+        return [f"decoder_layers.{i}.{name}.{kind}" for name in parts]
+    return ["trainable_cls_token" if ours == "cls_token" else f"decoder_{ours}"]
+
+
+def hugging_face_keys(ours):
+    """A key of timm's DINOv2 -> the Hugging Face keys whose tensors, one below the other, are its tensor."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.([\w.]+)\.(weight|bias|gamma)", ours):
+        i, part, kind = match.groups()
+        if part in ("ls1", "ls2"):
+            return [f"encoder.layer.{i}.layer_scale{part[-1]}.lambda1"]
+        parts = {"attn.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
+                 "attn.proj": ["attention.output.dense"]}.get(part, [part])
+        return [f"encoder.layer.{i}.{name}.{kind}" for name in parts]
+    return [{"cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+             "pos_embed": "embeddings.position_embeddings",
+             "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+             "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias"}[ours]]
+
+
+def load_renamed(module, state, keys_of):
+    """Strict loading of tensors with other names. ValueError names what is missing, unexpected or of another shape."""
+    shapes = {}
+    for ours, tensor in module.state_dict().items():
+        for key in keys_of(ours):
+            shapes[key] = (tensor.shape[0] // len(keys_of(ours)), *tensor.shape[1:])
+    wrong = {"missing": [key for key in shapes if key not in state],
+             "unexpected": [key for key in state if key not in shapes],
+             "of another shape": [f"{key} {tuple(state[key].shape)}, not {shape}" for key, shape in shapes.items()
+                                  if key in state and state[key].shape != shape]}
+    if any(wrong.values()):
+        raise ValueError("; ".join(f"{what}: {', '.join(keys[:5])}" + f" and {len(keys) - 5} more" * (len(keys) > 5)
+                                   for what, keys in wrong.items() if keys))
+    module.load_state_dict({ours: torch.cat([state[key] for key in keys_of(ours)]) for ours in module.state_dict()},
+                           assign=True)
 
 
 # ---- toy: linear, in closed form ------------------------------------------------------------------------------------
@@ -137,30 +390,113 @@ def toy_rae(channels, patch_size, image_size):
     return RAE(encoder, decoder, *statistics, image_size, patch_size, "toy")
 
 
-def load_rae(saved, device="cpu"):
-    """The autoencoder of a checkpoint, from what RAE.saved() kept."""
-    rae = toy_rae(len(saved["state"]["latent_var"]), saved["patch_size"], saved["image_size"])
-    rae.load_state_dict(saved["state"])
+def load_rae(source, device="cpu", weights_dir=None):
+    """The autoencoder called `source`, or the one of a checkpoint, from what RAE.saved() kept.
+
+    weights_dir: where the files of the official one are; without it they come from the Hub.
+    """
+    saved = {"name": source} if isinstance(source, str) else source
+    if saved["name"] == "dinov2-b":
+        rae = official_rae(weights_dir)
+        if saved.get("files", rae.files) != rae.files:
+            raise UserError("the checkpoint was made with other weights of dinov2-b than these: their sha256 differ")
+    elif "state" in saved:
+        rae = toy_rae(len(saved["state"]["latent_var"]), saved["patch_size"], saved["image_size"])
+        rae.load_state_dict(saved["state"])
+    else:
+        raise ValueError(f"unknown autoencoder {source!r}: 'dinov2-b' can be loaded by name; fit_rae makes the others")
     return rae.to(device)
 
 
-# ---- The cache of latents -------------------------------------------------------------------------------------------
+def open_rae(args, dataset, rank, world, device, saved=None):
+    """The autoencoder of a run, by train.py's arguments: a checkpoint's (saved), or fetched, or fitted on the pictures.
+
+    What is fetched or fitted, the first process does, and the others find or receive it.
+    """
+    if args.rae == "toy":
+        if not saved and rank == 0:
+            some = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", args.seed))
+            some = some[:-(-20_000 // max(1, args.image_size // args.rae_patch) ** 2)]     # 20,000 patches are enough
+            saved = fit_rae(args.rae, dataset.load(some), args.rae_patch).saved()
+        saved = [saved]
+        if world > 1:
+            dist.broadcast_object_list(saved)
+        saved = saved[0]
+    with first_process_first(rank):
+        rae = load_rae(saved or args.rae, device, args.weights_dir)
+    if rae.image_size != args.image_size:
+        raise UsageError(f"--image-size {args.image_size}: {args.rae} takes pictures of {rae.image_size}")
+    return rae
+
+
+# ---- Latents of a data set ------------------------------------------------------------------------------------------
+
+def open_latents(args, dataset, rae, rank=0, world=1):
+    """The latents of a run: from a cache in DATA_DIR/latents, encoded in every step, or as the disk allows."""
+    root, fits = Path(args.data_dir) / "latents", [args.cache_latents == "yes"]
+    if args.cache_latents == "auto":
+        folder, manifest = cache_of(dataset, rae, root)
+        size, free = cache_bytes(manifest), free_bytes(root)
+        fits = [folder.exists() or size < 0.9 * free]
+        if not fits[0] and rank == 0:
+            print(f"the latents would take {size / 1e9:,.0f} GB, {root} has {free / 1e9:,.0f} GB free: pictures are "
+                  "encoded in every step (--cache-latents yes|no decides otherwise)")
+        if world > 1:
+            dist.broadcast_object_list(fits)                               # all do what the first one found
+    return LatentCache(dataset, rae, root, rank, world) if fits[0] else LatentsOnTheFly(dataset, rae)
+
+
+def cache_of(dataset, rae, root):
+    """-> folder, manifest. The folder's name holds a hash of what makes the latents, which the manifest spells out."""
+    manifest = {"data": dataset.recipe, "autoencoder": rae.fingerprint(), "dtype": "float16",
+                "chunk": LatentCache.chunk, "shape": [len(dataset.labels), 2, *rae.latent_shape]}
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(root) / f"{dataset.name}-{rae.name}-{key}", manifest
+
+
+def cache_bytes(manifest):
+    return 2 * math.prod(manifest["shape"])                                # float16
+
+
+def free_bytes(folder):
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def encode_to_half(rae, images, first):
+    """uint8 or [0, 1] (b, 3, S, S) -> float16 (b, C, h, w) on the CPU; `first` is the number of the first picture."""
+    z = rae.encode(to_float(images.to(rae.latent_var.device))).half()
+    if not z.isfinite().all():
+        raise UserError(f"the latents of pictures {first} to {first + len(z) - 1} are not finite in float16")
+    return z
+
+
+class LatentsOnTheFly:
+    """Pictures, read and encoded when they are asked for. The same numbers as the cache's, up to their rounding."""
+
+    def __init__(self, dataset, rae):
+        self.dataset, self.rae = dataset, rae
+
+    def batch(self, indices, flips):
+        """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
+        images, flips = self.dataset.load(indices), torch.as_tensor(flips).view(-1, 1, 1, 1)
+        images = torch.where(flips == 1, images.flip(3), images)
+        return encode_to_half(self.rae, images, int(indices[0])), self.dataset.labels[indices]
+
 
 class LatentCache:
     """Latents of a data set, both flips, float16, memory-mapped: folder/latents.npy (N, 2, C, h, w).
 
-    The folder's name holds a hash of what made them (data set, autoencoder). Chunks of pictures are encoded by the
-    processes in turn and ticked off in done.npy, so an interrupted encoding goes on where it stopped, and several runs
-    may fill one cache at the same time: they write the same numbers.
+    Chunks of pictures are encoded by the processes in turn and ticked off in done.npy, so an interrupted encoding goes
+    on where it stopped, and several runs may fill one cache at the same time: they write the same numbers.
     """
     chunk = 256                                                           # pictures; always the same ones together
 
     def __init__(self, dataset, rae, root, rank=0, world=1):
         self.labels = dataset.labels
-        manifest = {"data": dataset.recipe, "autoencoder": rae.fingerprint(), "dtype": "float16", "chunk": self.chunk,
-                    "shape": [len(dataset.labels), 2, *rae.latent_shape]}
-        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = root / f"{dataset.name}-{rae.name}-{key}"
+        self.folder, manifest = cache_of(dataset, rae, root)
         if rank == 0 and not self.folder.exists():
             self._create(manifest)
         barrier()
@@ -169,40 +505,101 @@ class LatentCache:
             raise UserError(f"{self.folder} was made with other settings than its name says: remove the folder")
         self.latents = np.load(self.folder / "latents.npy", mmap_mode="r+")
         done = np.load(self.folder / "done.npy", mmap_mode="r+")
-        todo = [c for c in range(rank, len(done), world) if not done[c]]
-        for c in tqdm(todo, desc="encoding", unit="chunk", disable=rank != 0 or not todo, leave=False):
-            self._encode(dataset, rae, slice(c * self.chunk, min((c + 1) * self.chunk, len(self.labels))))
-            done[c] = True
+        N, started = len(self.labels), time.perf_counter()
+        mine = range(rank, len(done), world)
+        todo = [range(c * self.chunk, min((c + 1) * self.chunk, N)) for c in mine if not done[c]]
+        with tqdm(total=sum(map(len, todo)), desc="encoding", unit=" pictures", disable=rank != 0 or not todo,
+                  leave=False) as bar:
+            for part in todo:
+                images = to_float(dataset.load(part))
+                for flip in (0, 1):
+                    z = encode_to_half(rae, images.flip(3) if flip else images, part.start)
+                    self.latents[part.start:part.stop, flip] = z.cpu().numpy()
+                self.latents.flush()
+                done[part.start // self.chunk] = True
+                bar.update(len(part))
+        if todo and rank == 0:
+            n, seconds = sum(map(len, todo)), time.perf_counter() - started
+            print(f"encoded {n:,} pictures and their mirror images in {seconds:.1f} s, {n / seconds:.0f} pictures/s" +
+                  f" in each of {world} processes" * (world > 1) + f": {self.folder}")
         barrier()
 
     def _create(self, manifest):
         """An empty cache, made elsewhere and renamed: nobody meets half of one, or empties one that is being filled."""
-        size, chunks = 2 * int(np.prod(manifest["shape"])), -(-manifest["shape"][0] // self.chunk)    # bytes, chunks
+        size, chunks = cache_bytes(manifest), -(-manifest["shape"][0] // self.chunk)
         part = self.folder.with_name(f".part-{os.getpid()}-{self.folder.name}")
         part.mkdir(parents=True)
         try:
-            free = shutil.disk_usage(part).free
+            free = free_bytes(part)
             if free < size * 1.05:
-                raise UserError(f"the latents need {size / 1e9:.1f} GB but {part.parent} has {free / 1e9:.1f} GB free")
+                raise UserError(f"the latents need {size / 1e9:.1f} GB but {part.parent} has {free / 1e9:.1f} GB free: "
+                                "make room, or encode in every step with --cache-latents no")
             np.lib.format.open_memmap(part / "latents.npy", "w+", np.float16, tuple(manifest["shape"]))
             np.lib.format.open_memmap(part / "done.npy", "w+", bool, (chunks,))
             (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
             part.rename(self.folder)
         except OSError:
-            if not self.folder.exists():                                  # else another run was faster: its cache will do
+            if not self.folder.exists():                                  # else another run was faster
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def _encode(self, dataset, rae, where):
-        images = to_float(dataset.load(range(where.start, where.stop))).to(rae.latent_var.device)
-        for flip in (0, 1):
-            z = rae.encode(images.flip(3) if flip else images).half()
-            if not z.isfinite().all():
-                raise UserError(f"the latents of pictures {where.start} to {where.stop - 1} are not finite in float16")
-            self.latents[where, flip] = z.cpu().numpy()
-        self.latents.flush()
-
     def batch(self, indices, flips):
         """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
         return torch.from_numpy(self.latents[indices, flips]), self.labels[indices]
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+def reconstruct(rae, file, out):
+    """Original beside reconstruction, both in 8 bits -> out/NAME.png; returns the PSNR between them in dB."""
+    picture = centre_crop(read_picture(file), rae.image_size)
+    original = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]                  # (1, 3, S, S)
+    decoded = to_uint8(rae.decode(rae.encode(to_float(original).to(rae.latent_var.device)))).cpu()
+    both = torch.cat([original, decoded], dim=3)[0].permute(1, 2, 0)                       # (S, 2 S, 3)
+    path = out / f"{Path(file).stem}.png"
+    with write_whole(path) as part:
+        Image.fromarray(both.numpy()).save(part, format="png")
+    error = (original.double() - decoded.double()).square().mean().item()
+    psnr = 10 * math.log10(255 ** 2 / error) if error else math.inf
+    print(f"{file}: {psnr:.2f} dB -> {path}")
+    return psnr
+
+
+@user_errors
+def main(argv=None):
+    import train
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("reconstruct", help="original beside reconstruction, with PSNR")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="picture files; the square in the middle is taken")
+    command.add_argument("--ckpt", help="take the autoencoder of this checkpoint, not the official one")
+    command.add_argument("--weights-dir", help="folder with the official autoencoder's files, put there by hand")
+    command.add_argument("--out", default="out/reconstructions", help="folder of the pictures, by the originals' names")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    commands.add_parser("encode", add_help=False, help="fill the cache of latents; takes the flags of train.py")
+    args, others = parser.parse_known_args(argv)
+
+    if args.command == "encode":
+        args = train.parse_args(others)
+        rank, world, device = train.setup(args.device)
+        args.cache_latents = "yes"
+        dataset = open_pictures(args, rank)
+        open_latents(args, dataset, open_rae(args, dataset, rank, world, device), rank, world)
+        if world > 1:
+            dist.destroy_process_group()
+        return
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    names = [Path(file).stem for file in args.images]
+    if len(set(names)) < len(names):
+        raise UsageError("two pictures have the same name, and so would their reconstructions: do them one by one")
+    _, _, device = train.setup(args.device)
+    rae = load_rae(train.load_checkpoint(args.ckpt)["rae"] if args.ckpt else "dinov2-b", device, args.weights_dir)
+    values = [reconstruct(rae, file, Path(args.out)) for file in args.images]
+    if len(values) > 1:
+        print(f"mean of {len(values)}: {sum(values) / len(values):.2f} dB")
+
+
+if __name__ == "__main__":
+    main()

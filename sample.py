@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sphere
-from data import ArgumentParser, UsageError, UserError, keyed_generator, number, user_errors, write_whole
+from data import (ArgumentParser, UsageError, UserError, first_process_first, keyed_generator, number, user_errors,
+                  write_whole)
 from model import SiT_models
 from rae import load_rae, to_uint8
 
@@ -109,6 +110,7 @@ def parse_args(argv):
     group = parser.add_argument_group("what")
     group.add_argument("--ckpt", help="a checkpoint (default: the newest in out/)")
     group.add_argument("--ema", default="first", help="which weights: an EMA's decay, first, or raw")
+    group.add_argument("--weights-dir", help="folder with the files of dinov2-b, put there by hand")
     group.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all, in turn)")
     group.add_argument("--num", "--num-images", type=number(int, 1), help="how many pictures (default: 4 a class, "
                        "40 at most); torchrun takes --num for its own, write --num-images there")
@@ -139,7 +141,8 @@ def main(argv=None):
     checkpoint = load_checkpoint(path)
     run, classes = checkpoint["args"], checkpoint["classes"]
     model, ema = load_denoiser(checkpoint, args.ema, device)
-    rae = load_rae(checkpoint["rae"], device)
+    with first_process_first(rank):
+        rae = load_rae(checkpoint["rae"], device, args.weights_dir)
 
     def denoiser(v, y):
         with autocast(run["dtype"], device):                               # the network alone; the decoder is float32

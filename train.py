@@ -2,7 +2,7 @@
 
     python train.py                                   # the toy: drawn flowers, two to three minutes on two CPU cores
     python train.py --dataset path/to/folder          # a folder with one folder of pictures for each class
-    torchrun --nproc-per-node gpu train.py --dataset path/to/folder --model SiT-B/1 --batch-size 256 --dtype bfloat16
+    torchrun --nproc-per-node gpu train.py --dataset flowers      # the paper's run; also animal-faces, imagenet
 
 The same command again goes on where the run stopped. Everything random is a function of (seed, step, example), so
 neither a stop nor (but for the order of sums) the number of processes changes the run. out/<run>/ receives args.json,
@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,48 +23,61 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sphere
-from data import (ArgumentParser, ToyFlowers, UsageError, UserError, global_batch, keyed_generator, load_dataset,
-                  number, user_errors, write_whole)
+from data import (ArgumentParser, ToyFlowers, UsageError, UserError, global_batch, keyed_generator,
+                  number, open_pictures, user_errors, write_whole)
 from fid import class_means, table_text, toy_table
 from model import SiT_models
-from rae import LatentCache, fit_rae, load_rae, to_float, to_uint8
+from rae import open_latents, open_rae, to_float, to_uint8
 from sample import generate, picture_grid
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
 # The paper's settings (table A). Where its text gives no number the line says so: that default is ours.
 PAPER = dict(
-    model="SiT-B/1", image_size=256, batch_size=256, lr=1e-4, weight_decay=0.0, ema_decay=[0.9995, 0.9999],
+    rae="dinov2-b", image_size=256, model="SiT-B/1", epochs=500, batch_size=256, lr=1e-4, weight_decay=0.0,
+    ema_decay=[0.9995, 0.9999],                         # the second one is ours, to compare
     betas=[0.9, 0.95],                                  # not given
     warmup_steps=0, decay_last=0.0, clip=0.0,           # constant rate; a clip is not mentioned
     noise_dist="lognorm", p_mean=0.0, p_std=1.0,        # mean and std not given
     alpha_max=85.0, alpha_mix=89.0, mix_prob=0.2,       # angles not given: Sphere Encoder's code
     reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,      # low or both: not clear
     cfg=1.0, gamma=1.0, sampling_noise="fresh", sigma=None, sample_steps=4,     # gamma, fresh or same: not given
-    steps=None, epochs=None, dtype="float32", log_every=50, sample_every=2000, save_every=1000)
+    dtype="bfloat16",                                   # not given
+    log_every=50, sample_every=2000, save_every=1000)
 
 # Small pictures, few numbers in a latent (about 1,000 in place of 196,608), minutes in place of days: a smaller angle
 # hides the picture, the EMA is as much shorter as the run, and a high rate that falls at the end makes up for few steps.
 SHORT = dict(
-    PAPER, model="SiT-T/1", image_size=64, rae_patch=16, batch_size=64, steps=1500, lr=2e-3, warmup_steps=50,
+    PAPER, rae="toy", model="SiT-T/1", image_size=64, batch_size=64, steps=1500, lr=2e-3, warmup_steps=50,
     decay_last=0.3, clip=1.0, ema_decay=[0.995, 0.98], alpha_max=75.0, cfg=1.2, gamma=1.5, sampling_noise="same",
-    sigma=5.0, sample_every=500, save_every=500)
+    sigma=5.0, dtype="float32", sample_every=500, save_every=500)
 
 PRESETS = {
     # 3 x 3 patches, the flower in the middle one. Distances at 4 steps 0.065 and 0.418 (class means 0.924 and 5.159)
     "toy": dict(SHORT, image_size=60, rae_patch=20, steps=2000),
     "PATH": SHORT,
+    # The paper's FID at 2, 4, 6 steps: 12.22, 8.61, 7.85. Its guidance is not given: Sphere Encoder's.
+    "flowers": dict(PAPER, epochs=2000, cfg=1.6),
+    "animal-faces": dict(PAPER, epochs=500),                                                   # 10.63, 6.89, 6.18
+    "imagenet": dict(PAPER, model="SiT-XL/1", epochs=600, batch_size=512, cfg=3.2,             # 6.85, 2.25, 2.11
+                     sample_every=10_000, save_every=5000),
 }
 
 
 def parse_args(argv):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="toy", help="toy, or the path of a folder with a folder of pictures for each class")
-    add("--image-size", type=number(int, 1), help="side of the pictures in pixels, a multiple of --rae-patch")
-    add("--rae", default="toy", choices=("toy",), help="the autoencoder")
-    add("--rae-patch", type=number(int, 1), help="side of the toy autoencoder's patches in pixels")
-    add("--data-dir", default="datasets", help="where caches of latents go")
+    add("--dataset", default="toy",
+        help="toy, flowers, animal-faces, imagenet, or the PATH of a folder with a folder of pictures for each class")
+    add("--split", default="all", choices=("train", "val", "test", "all"), help="of flowers; the others have one")
+    add("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and count them")
+    add("--image-size", type=number(int, 1), help="side of the pictures in pixels: 256 for dinov2-b")
+    add("--rae", choices=("toy", "dinov2-b"), help="the autoencoder; it decides about the other defaults, too")
+    add("--rae-patch", type=number(int, 1), default=16, help="side of the toy autoencoder's patches in pixels")
+    add("--weights-dir", help="folder with the files of dinov2-b, put there by hand; without it: the Hugging Face Hub")
+    add("--data-dir", default="datasets", help="where downloads and caches of latents go")
+    add("--cache-latents", default="auto", choices=("auto", "yes", "no"),
+        help="encode once, or in every step; auto: once if the disk has room")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=SiT_models, help="size and patch of the denoiser")
     add("--class-dropout-prob", type=number(float, 0, 1), help="share of labels replaced by the null class")
@@ -104,10 +118,17 @@ def parse_args(argv):
     add("--sampling-noise", choices=("fresh", "same"), help="new noise at each step, or the first again")
     add("--sigma", type=number(float, 0), help="noise at the start of the decay; without it tan(--alpha-max)")
 
-    first = ArgumentParser(add_help=False)                                 # the data set decides about the defaults
+    first = ArgumentParser(add_help=False)                                 # these two decide about the defaults
     first.add_argument("--dataset", default="toy")
-    parser.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].dataset, PRESETS["PATH"]))
+    first.add_argument("--rae")
+    known = first.parse_known_args(argv)[0]
+    preset = PRESETS.get(known.dataset, PRESETS["PATH"])
+    if known.rae and known.rae != preset["rae"]:
+        preset = SHORT if known.rae == "toy" else PAPER
+    parser.set_defaults(**{"steps": None, **preset, "epochs": None})
     args = parser.parse_args(argv)
+    if args.steps is None and args.epochs is None:
+        args.epochs = preset["epochs"]
     if args.alpha_mix < args.alpha_max:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: the mix is harder")
     args.sigma = sphere.angle_to_sigma(args.alpha_max) if args.sigma is None else args.sigma
@@ -135,7 +156,8 @@ def setup(device="auto"):
             print(f"{torch.cuda.device_count()} GPUs are here, one is used; torchrun --nproc-per-node gpu "
                   f"{' '.join(sys.argv)} takes them all")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=3))                # the first process may have much to download
     return rank, world, device
 
 
@@ -166,7 +188,8 @@ def load_checkpoint(path):
 def check_same_run(args, before):
     """A run goes on with the arguments and pictures it began with; its length and what happens beside it may change."""
     free = {"dataset", "pictures", "steps", "epochs", "accumulate", "device", "log_every", "sample_every", "save_every",
-            "data_dir", "out_dir", "sample_steps", "cfg", "gamma", "sampling_noise", "sigma"}
+            "data_dir", "out_dir", "weights_dir", "cache_latents", "skip_bad", "sample_steps", "cfg", "gamma",
+            "sampling_noise", "sigma"}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(args).items()
                if name not in free and before.get(name) != value]
     if args.pictures != before["pictures"] and not changed:
@@ -216,22 +239,15 @@ def train(args, rank, world, device):
     micro = args.batch_size // (world * args.accumulate)
     out = Path(args.out_dir)
 
-    # Data, autoencoder, latents. The first process fits the autoencoder; the others receive it.
-    dataset = load_dataset(args.dataset, args.image_size, min_side=args.rae_patch)
-    args.pictures = dataset.recipe
+    # Pictures, autoencoder, latents.
+    dataset = open_pictures(args, rank)
+    args.pictures = dataset.recipe                                         # a run keeps to its pictures
     checkpoint = None
     if (out / "ckpt.pt").exists():
         checkpoint = load_checkpoint(out / "ckpt.pt")
         check_same_run(args, checkpoint["args"])
-    saved = [checkpoint["rae"] if checkpoint else None]
-    if not checkpoint and rank == 0:
-        some = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", args.seed))
-        some = some[:-(-20_000 // max(1, args.image_size // args.rae_patch) ** 2)]         # 20,000 patches are enough
-        saved = [fit_rae(args.rae, dataset.load(some), args.rae_patch).saved()]
-    if world > 1:
-        dist.broadcast_object_list(saved)
-    rae = load_rae(saved[0], device)
-    latents = LatentCache(dataset, rae, Path(args.data_dir) / "latents", rank, world)
+    rae = open_rae(args, dataset, rank, world, device, saved=checkpoint and checkpoint["rae"])
+    latents = open_latents(args, dataset, rae, rank, world)
     N, num_classes = len(dataset.labels), len(dataset.classes)
     if args.epochs is not None:
         args.steps = -(-args.epochs * N // args.batch_size)

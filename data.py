@@ -499,6 +499,9 @@ def number(kind, low=-math.inf, high=math.inf):
     return parse
 
 
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
 def user_errors(main):
     """Decorator of every main(argv=None): a UserError, a disk that refuses, or Ctrl-C end in one line and a status."""
     @functools.wraps(main)
@@ -509,7 +512,7 @@ def user_errors(main):
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_status) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            if error.errno not in DISK_REFUSES:
                 raise
             print(f"{Path(sys.argv[0]).name}: error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
             raise SystemExit(1) from error

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (ArgumentParser, UsageError, UserError, barrier, centre_crop, first_process_first, keyed_generator,
-                  open_pictures, read_picture, user_errors, verify, write_whole)
+from data import (DISK_REFUSES, ArgumentParser, UsageError, UserError, barrier, centre_crop, first_process_first,
+                  keyed_generator, open_pictures, read_picture, user_errors, verify, write_whole)
 
 
 class RAE(nn.Module):
@@ -144,27 +144,27 @@ def official_rae(weights_dir=None):
 
 def official_files(weights_dir=None):
     """-> part: path of its verified file, in weights_dir, or in the Hub's cache, or fetched from the Hub."""
-    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     paths, missing, reason = {}, [], f"not in {weights_dir}"
     for part, (repo, revision, file, sha256) in OFFICIAL_FILES.items():
-        try:
-            if weights_dir:
-                path = Path(weights_dir) / Path(file).name
-                if not path.exists():
-                    raise FileNotFoundError(path)
-            else:                                                          # after a failure no other is waited for
-                path = hf_hub_download(repo, file, revision=revision, local_files_only=bool(missing))
-        except Exception as error:                                         # the Hub's client has many kinds
-            if isinstance(error, OSError) and error.errno == 28:           # disk full
-                raise
-            if not missing and not weights_dir:
-                reason = str(error.__cause__ or error).strip().splitlines()[0]
-            missing.append(f"  {part}: {Path(file).name} from {hf_hub_url(repo, file, revision=revision)}")
+        url = hf_hub_url(repo, file, revision=revision)
+        path = Path(weights_dir) / Path(file).name if weights_dir else try_to_load_from_cache(repo, file, revision=revision)
+        if not weights_dir and not isinstance(path, str) and not missing:                  # one failure is enough
+            try:
+                get_hf_file_metadata(url, timeout=10)                      # without the long retries of the next line
+                path = hf_hub_download(repo, file, revision=revision)
+            except Exception as error:                                     # the Hub's client has many kinds
+                if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+                    raise
+                reason = str(error).splitlines()[0]
+        if isinstance(path, (str, Path)) and Path(path).exists():
+            paths[part] = verify(path, f"remove it and fetch {url} again", sha256=sha256)
         else:
-            paths[part] = verify(path, "remove it and fetch it again", sha256=sha256)
+            missing.append(f"  {part}: {Path(file).name} from {url}")
     if missing:
-        raise UserError(f"the official autoencoder lacks {len(missing)} of 3 files ({reason}). Without a network, put "
-                        "them into a folder by hand and name it, --weights-dir FOLDER:\n" + "\n".join(missing))
+        raise UserError(f"the official autoencoder lacks {len(missing)} of {len(OFFICIAL_FILES)} files ({reason}). Try "
+                        "again with a network, or put these into a folder by hand and name it by --weights-dir:\n" +
+                        "\n".join(missing))
     return paths
 
 

@@ -1,4 +1,7 @@
+import hashlib
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,42 @@ def train_args(folder, *more):
     return ["--dataset", str(folder / "photos"), "--image-size", "32", "--batch-size", "8", "--device", "cpu",
             "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"), "--log-every", "2",
             "--sample-every", "1000", "--save-every", "1000", *more]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine for the files in server.folder. server.ranges collects the Range headers that came;
+    server.break_after: bytes after which it hangs up; server.resumes: whether it knows Range at all."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            file, wanted = web.folder / self.path.lstrip("/"), self.headers["Range"]
+            web.ranges.append(wanted)
+            if not file.is_file():
+                return self.send_error(404)
+            data, start = file.read_bytes(), int(wanted[6:-1]) if wanted and web.resumes else 0
+            if start >= len(data):
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')              # these two as the Hub does
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data[start:start + (web.break_after or len(data))])
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.folder, web.ranges, web.break_after, web.resumes = tmp_path / "web", [], None, True
+    web.folder.mkdir()
+    web.url = f"http://127.0.0.1:{web.server_port}"
+    threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+    yield web
+    web.shutdown()
+    web.server_close()
 
 
 def relative_l2(a, b):

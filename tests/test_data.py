@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (ToyFlowers, UsageError, UserError, global_batch, keyed_generator, load_dataset,
-                  user_errors, write_whole)
+from data import (ToyFlowers, UsageError, UserError, adm_crop, global_batch, keyed_generator, load_dataset,
+                  read_picture, user_errors, write_whole)
 
 
 def test_every_epoch_is_a_permutation():
@@ -100,6 +100,55 @@ def test_folder_refuses(tmp_path):
     Image.new("RGB", (64, 8)).save(tmp_path / "rose" / "1.jpg")
     refused("1.jpg is 64 x 8, smaller than", str(tmp_path), 32, 16)
     refused("is a file", str(tmp_path / "rose" / "1.jpg"), 32)
+    refused("only flowers has splits", "toy", 32, 1, "datasets", "test", kind=UsageError)
+    (tmp_path / "rose" / "1.jpg").unlink()
+    (tmp_path / "rose" / "1.jpg").symlink_to("nowhere.jpg")
+    refused("1.jpg is missing", str(tmp_path), 32)
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    clear = Image.fromarray(np.array([[[200, 0, 0, 255], [0, 0, 0, 0], [0, 0, 0, 128]]], np.uint8))
+    clear.save(tmp_path / "a.png")
+    assert np.asarray(read_picture(tmp_path / "a.png")).tolist() == [[[200, 0, 0], [255] * 3, [127] * 3]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([200, 0, 0, 0, 0, 0])
+    palette.save(tmp_path / "b.png", transparency=1)
+    assert np.asarray(read_picture(tmp_path / "b.png")).tolist() == [[[200, 0, 0], [255] * 3]]
+    Image.fromarray(np.array([[100, 1_000_000]], np.int32)).save(tmp_path / "c.tif")
+    with pytest.raises(UserError, match="c.tif .*more than 16 bits"):
+        read_picture(tmp_path / "c.tif")
+
+
+# Pixels (64 // 2, 64 // 3) and the last one, and the mean, of what ADM's own center_crop_arr makes of the pictures below.
+@pytest.mark.parametrize("W,H,S,pixel,last,mean", [
+    (500, 375, 64, [100, 146, 63], [37, 125, 202], 127.933837890625),      # halved twice
+    (130, 257, 64, [180, 173, 41], [198, 200, 129], 126.75341796875),      # once, odd sides
+    (300, 1201, 100, [201, 124, 177], [241, 126, 80], 127.77356666666667),
+    (61, 50, 64, [228, 49, 228], [17, 243, 213], 118.87320963541667),      # enlarged
+    (64, 64, 64, [243, 61, 213], [118, 104, 193], 121.95222982770833),     # left as it is
+])
+def test_imagenet_is_cropped_as_adm_does(W, H, S, pixel, last, mean):
+    y, x = np.mgrid[:H, :W]
+    picture = np.stack([(x * 7 + y * 3) % 256, (x * y) // 11 % 256, (x - 2 * y) % 256], axis=-1).astype(np.uint8)
+    cropped = np.asarray(adm_crop(Image.fromarray(picture), S))
+    assert cropped[S // 2, S // 3].tolist() == pixel and cropped[-1, -1].tolist() == last
+    assert cropped.mean() == pytest.approx(mean, abs=1e-9) and cropped.shape == (S, S, 3)
+
+
+def test_skip_bad_leaves_out_and_counts(photos, tmp_path, capsys):
+    root, every = tmp_path / "datasets", load_dataset(str(photos), 32)
+    (photos / "left" / "3.png").write_bytes(b"no picture")
+    Image.new("RGB", (4, 4)).save(photos / "top" / "5.png")
+    found = load_dataset(str(photos), 32, 16, root, skip_bad=True)
+    assert "2 of 36 pictures of photos are left out, left/3.png the first" in capsys.readouterr().out
+    assert torch.bincount(found.labels).tolist() == [11, 12, 11] and len(found.load(range(34))) == 34
+    assert found.recipe != every.recipe
+    (photos / "left" / "3.png").write_bytes(b"NO PICTURE")                 # the same size: the list is not made again
+    assert load_dataset(str(photos), 32, 16, root, skip_bad=True).recipe == found.recipe
+    for file in (photos / "left").iterdir():
+        file.write_bytes(b"nor this")
+    with pytest.raises(UserError, match="class left .* has no pictures"):
+        load_dataset(str(photos), 32, 16, root, skip_bad=True)
 
 
 def test_write_whole_keeps_what_was_there(tmp_path):

@@ -64,7 +64,7 @@ def server(tmp_path):
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(data) - start))
             self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')              # these two as the Hub does
-            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("X-Repo-Commit", self.path.partition("/resolve/")[2].partition("/")[0])
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(data[start:start + (web.break_after or len(data))])

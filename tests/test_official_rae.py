@@ -1,14 +1,25 @@
 """The official autoencoder, against values of the official code (bytetriper/RAE with transformers) on networks filled
 with seeded numbers. tests/golden/rae_*.npz hold them; the fill rule is the one of fill() below."""
 import json
+import os
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+import data
+import rae as rae_script
+import sample
+import train
 from conftest import ROOT
-from rae import DINOv2Encoder, RAE, ViTDecoder, sincos_table
+from data import UserError, file_hash
+from rae import OFFICIAL_FILES, RAE, DINOv2Encoder, ViTDecoder, load_rae, sincos_table
+from test_download import flowers_stand_in
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -155,3 +166,142 @@ def test_encoder_takes_every_key_or_says_which(encoder_golden):
         DINOv2Encoder.from_hugging_face({"embeddings.cls_token": torch.zeros(1, 1, 32)}, heads)
     with pytest.raises(ValueError, match="not square"):
         DINOv2Encoder.from_hugging_face(state, heads)(torch.rand(1, 3, 32, 64))
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="ViT-XL takes 4 GB and half a minute: SLOW=1 python -m pytest")
+def test_the_decoder_at_its_real_size():
+    decoder = ViTDecoder.from_official(decoder_state(768, 1152, 28, 4096, 16, 256, 0.05))
+    assert sum(p.numel() for p in decoder.parameters()) == 415_352_704
+    with torch.no_grad():
+        image = decoder(seeded("randn", (1, 768, 16, 16), 7))
+    golden = torch.from_numpy(np.load(GOLDEN / "rae_vitxl.npz")["image_f64_patch00"])
+    assert relative(image[0, :, :16, :16], golden) < 2e-5
+
+
+# ---- Files, and a run of the paper from end to end, with small random weights in files of the official layout ----------
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A folder with the three files for 32 x 32 pictures; the table of the official ones points to them."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_file(encoder_state(48, 2, 0.25), folder / "model.safetensors")
+    torch.save(decoder_state(48, 64, 2, 96, 2, 256, 0.25), folder / "model.pt")
+    mean, var = statistics((48, 16, 16), 0)
+    torch.save({"mean": mean, "var": var}, folder / "stat.pt")
+    pin(monkeypatch, folder)
+    return folder
+
+
+def pin(monkeypatch, folder):
+    monkeypatch.setattr(rae_script, "OFFICIAL_FILES", {
+        part: (repo, revision, file, file_hash(folder / file.rpartition("/")[2]))
+        for part, (repo, revision, file, _) in OFFICIAL_FILES.items()})
+
+
+def test_weights_by_hand(weights, monkeypatch, capsys):
+    rae = load_rae("dinov2-b", weights_dir=weights)
+    assert rae.image_size == 32 and rae.latent_shape == (48, 16, 16) and "differs" not in capsys.readouterr().out
+    images = seeded("rand", (2, 3, 32, 32), 0)
+    again = load_rae(rae.saved(), weights_dir=weights)
+    assert torch.equal(again.encode(images), rae.encode(images)) and again.fingerprint() == rae.fingerprint()
+    assert len(json.dumps(rae.saved())) < 1000                             # no checkpoint carries two gigabytes of it
+    # Other weights than the checkpoint's; a table of positions that is not the formula's.
+    state = torch.load(weights / "model.pt", weights_only=True)
+    state["decoder_pos_embed"] = state["decoder_pos_embed"] + 0.25
+    torch.save(state, weights / "model.pt")
+    pin(monkeypatch, weights)
+    load_rae("dinov2-b", weights_dir=weights)
+    assert "positions differ from the sin-cos formula by 0.25" in capsys.readouterr().out
+    with pytest.raises(UserError, match="other weights of dinov2-b"):
+        load_rae(rae.saved(), weights_dir=weights)
+
+
+def test_files_that_are_not_the_official_ones(weights, monkeypatch):
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            load_rae("dinov2-b", weights_dir=weights)
+
+    mean, var = statistics((48, 8, 8), 0)
+    whole = (weights / "stat.pt").read_bytes()
+    torch.save({"mean": mean, "var": var}, weights / "stat.pt")
+    refused("stat.pt has the sha256 .* expected was .*: remove it and fetch https://huggingface.co/nyu-visionx")
+    pin(monkeypatch, weights)
+    refused(r"stat.pt is not the statistics .*do not fit together: .*\(48, 8, 8\)")
+    (weights / "stat.pt").write_bytes(whole)
+    torch.save(decoder_state(32, 64, 2, 96, 2, 256, 0.25), weights / "model.pt")
+    pin(monkeypatch, weights)
+    refused(r"do not fit together: .*'decoder': \(32, 16, 16\)")
+    torch.save({"model": 1}, weights / "model.pt")
+    pin(monkeypatch, weights)
+    refused("model.pt is not the decoder that this code knows: missing decoder_embed.weight")
+    (weights / "model.pt").unlink()
+    (weights / "stat.pt").unlink()
+    refused(r"lacks 2 of 3 files \(not in .*\n  decoder: model.pt from https://.*\n  statistics: stat.pt from https://")
+
+
+DRIVER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import data, rae, train
+changes = json.loads(sys.argv[2])
+for name, value in changes["data"].items():
+    setattr(data, name, value)
+rae.OFFICIAL_FILES, rae.LatentCache.chunk = changes["files"], 6
+train.main(sys.argv[3:])
+"""
+
+
+def test_the_papers_run_from_end_to_end(weights, server, tmp_path, monkeypatch, capsys):
+    """Two processes fetch, verify, encode and train; one goes on; one samples. The server stands in for Oxford and the Hub."""
+    changes = {"FLOWERS_URL": server.url + "/flowers/", "FLOWERS_FILES": flowers_stand_in(server.folder / "flowers"),
+               "FLOWERS_CLASSES": data.FLOWERS_CLASSES[:4]}
+    for repo, revision, file, _ in OFFICIAL_FILES.values():
+        path = server.folder / repo / "resolve" / revision / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((weights / path.name).read_bytes())
+    (tmp_path / "driver.py").write_text(DRIVER)
+    run = tmp_path / "out" / "run"
+    arguments = ["--dataset", "flowers", "--image-size", "32", "--model", "SiT-T/1", "--batch-size", "8", "--device", "cpu",
+                 "--data-dir", str(tmp_path / "datasets"), "--out-dir", str(run), "--sample-every", "1000"]
+    changed = json.dumps({"data": changes, "files": rae_script.OFFICIAL_FILES})
+    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                            str(tmp_path / "driver.py"), str(ROOT), changed, *arguments, "--steps", "2"],
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")},
+                           capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert "encoded 12 pictures" in found.stdout and "in each of 2 processes" in found.stdout
+    assert "24 pictures, 4 classes, latents 48 x 16 x 16" in found.stdout
+    before, requests = torch.load(run / "ckpt.pt", weights_only=True), len(server.ranges)
+    assert before["step"] == 2 and before["rae"]["name"] == "dinov2-b" and before["args"]["epochs"] is None
+    assert before["args"]["lr"] == 1e-4 and before["args"]["alpha_max"] == 85 and before["args"]["dtype"] == "bfloat16"
+
+    for name, value in changes.items():
+        monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(rae_script.LatentCache, "chunk", 6)
+    train.main([*arguments, "--steps", "3", "--weights-dir", str(weights)])
+    assert "resuming" in capsys.readouterr().out and len(server.ranges) == requests       # nothing is fetched again
+    assert torch.load(run / "ckpt.pt", weights_only=True)["step"] == 3
+    sample.main(["--ckpt", str(run / "ckpt.pt"), "--steps", "2", "--weights-dir", str(weights), "--device", "cpu"])
+    assert "4 classes in turn" in capsys.readouterr().out
+    with Image.open(run / "sample.png") as grid:
+        assert grid.size == (4 * 64, 4 * 64 + 16)
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(run / "ckpt.pt"), "--weights-dir", str(tmp_path), "--device", "cpu"])
+    assert "lacks 3 of 3 files" in capsys.readouterr().err
+
+
+def test_the_papers_presets():
+    """Table A; what the text does not give is not tested."""
+    table = {"flowers": ("SiT-B/1", 2000, 256), "animal-faces": ("SiT-B/1", 500, 256), "imagenet": ("SiT-XL/1", 600, 512)}
+    for name, (model, epochs, batch_size) in table.items():
+        args = train.parse_args(["--dataset", name])
+        assert (args.model, args.epochs, args.batch_size, args.steps) == (model, epochs, batch_size, None)
+        assert (args.rae, args.image_size, args.lr, args.weight_decay, args.ema_decay[0]) == ("dinov2-b", 256, 1e-4, 0, 0.9995)
+        assert (args.mix_prob, args.class_dropout_prob, args.warmup_steps, args.decay_last) == (0.2, 0.1, 0, 0)
+    assert train.parse_args(["--dataset", "animal-faces"]).cfg == 1 and train.parse_args(["--dataset", "imagenet"]).cfg == 3.2
+    assert train.parse_args(["--dataset", "flowers", "--steps", "7"]).epochs is None
+    assert train.parse_args(["--dataset", "photos"]).rae == "toy"
+    args = train.parse_args(["--dataset", "photos", "--rae", "dinov2-b"])  # one's own pictures, the paper's settings
+    assert (args.model, args.image_size, args.alpha_max) == ("SiT-B/1", 256, 85)
+    assert train.parse_args(["--dataset", "flowers", "--rae", "toy"]).image_size == 64

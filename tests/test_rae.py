@@ -1,12 +1,21 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import rae as rae_script
+from conftest import ROOT
 from data import ToyFlowers, UsageError, UserError, load_dataset
-from rae import LatentCache, fit_rae, load_rae, to_float, to_uint8
+from rae import LatentCache, LatentsOnTheFly, cache_of, fit_rae, load_rae, open_latents, to_float, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +160,102 @@ def test_cache_refuses(setting, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(UserError, match="GB free"):
         LatentCache(dataset, other, root.with_name("new"))
+
+
+FILL = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import rae
+from data import load_dataset
+photos, root, rank = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+dataset = load_dataset(photos, 32)
+rae.LatentCache.chunk = 5
+load = dataset.load
+fitted = rae.fit_rae("toy", load(range(36)), channels=8)
+dataset.load = lambda indices: (time.sleep(0.3), load(indices))[1]
+while rank and not rae.cache_of(dataset, fitted, root)[0].exists():
+    time.sleep(0.02)
+rae.LatentCache(dataset, fitted, root, rank, 2)
+"""
+
+
+def test_two_processes_killed_in_the_middle_fill_the_same_cache(setting, photos):
+    dataset, rae, root = setting
+    expected = np.array(LatentCache(dataset, rae, root.with_name("whole")).latents)
+    folder, _ = cache_of(dataset, rae, root)
+
+    processes = [subprocess.Popen([sys.executable, "-c", FILL, str(ROOT), str(photos), str(root), str(rank)])
+                 for rank in (0, 1)]
+    deadline, done = time.time() + 60, None
+    while time.time() < deadline and (done is None or done.sum() < 3):
+        time.sleep(0.02)
+        if folder.exists():
+            done = np.array(np.load(folder / "done.npy"))
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert 3 <= done.sum() < 8
+    assert np.array_equal(np.array(LatentCache(dataset, rae, root).latents), expected)
+    assert np.load(folder / "done.npy").all()
+
+
+def test_latents_are_cached_where_the_disk_has_room(setting, monkeypatch, capsys):
+    dataset, rae, root = setting
+    args = SimpleNamespace(data_dir=root.parent, cache_latents="auto")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert isinstance(open_latents(args, dataset, rae), LatentsOnTheFly)
+    assert "the latents would take" in capsys.readouterr().out
+    args.cache_latents = "yes"
+    with pytest.raises(UserError, match="make room, or encode in every step"):
+        open_latents(args, dataset, rae)
+    monkeypatch.undo()
+    monkeypatch.setattr(LatentCache, "chunk", 5)
+    cache = open_latents(args, dataset, rae)
+    assert isinstance(cache, LatentCache) and "encoded 36 pictures" in capsys.readouterr().out
+    args.cache_latents = "no"
+    on_the_fly = open_latents(args, dataset, rae)
+    indices, flips = np.array([0, 7, 35, 7]), np.array([0, 1, 1, 0])
+    for a, b in zip(cache.batch(indices, flips), on_the_fly.batch(indices, flips)):
+        assert torch.allclose(a, b, atol=2e-3) and a.dtype == b.dtype
+    rae.latent_mean += 1e6
+    with pytest.raises(UserError, match="not finite"):
+        on_the_fly.batch(indices, flips)
+
+
+def test_reconstruct(trained, tmp_path, capsys):
+    """The picture that is written and the PSNR are those of the run's own autoencoder."""
+    rng = np.random.default_rng(1)
+    for name in "ab":
+        Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).resize((35, 25)).save(tmp_path / f"{name}.png")
+    arguments = ["--ckpt", str(trained / "ckpt.pt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    rae_script.main(["reconstruct", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *arguments])
+    both = np.asarray(Image.open(tmp_path / "out" / "a.png")).astype(float)
+    assert both.shape == (32, 64, 3)
+    with Image.open(tmp_path / "a.png") as picture:
+        expected = picture.crop((5, 0, 30, 25)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(both[:, :32], np.asarray(expected))
+    psnr = 10 * np.log10(255 ** 2 / ((both[:, :32] - both[:, 32:]) ** 2).mean())
+    out = capsys.readouterr().out
+    assert f"a.png: {psnr:.2f} dB" in out and "mean of 2:" in out and psnr > 10
+    for status, message, argv in [(2, "the same name", [str(tmp_path / "a.png")] * 2), (1, "cannot be read", [__file__]),
+                                  (1, "no.png cannot be read", ["no.png"]), (2, "unrecognized", ["no.png", "--size", "3"])]:
+        with pytest.raises(SystemExit) as stop:
+            rae_script.main(["reconstruct", *argv, *arguments])
+        error = capsys.readouterr().err
+        assert stop.value.code == status and message in error and error.count("\n") == 1
+
+
+def test_encode_fills_the_cache_that_training_reads(photos, tmp_path, capsys):
+    import train
+    from conftest import train_args
+    rae_script.main(["encode", *train_args(tmp_path, "--steps", "1")])
+    assert "encoded 36 pictures" in capsys.readouterr().out
+    train.main(train_args(tmp_path, "--steps", "1"))
+    assert "encoded" not in capsys.readouterr().out
+    assert len(list((tmp_path / "datasets" / "latents").iterdir())) == 1
+
+
+def test_unknown_autoencoder():
+    with pytest.raises(ValueError, match="unknown autoencoder 'nosuch'"):
+        load_rae("nosuch")

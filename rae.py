@@ -356,7 +356,8 @@ def fit_rae(name, images, patch_size=16, channels=96, latent_noise=0.2):
     mean = sum(x.sum(1) for x in parts) / count
     covariance = sum((x - mean[:, None]) @ (x - mean[:, None]).T for x in parts) / count
     variances, components = torch.linalg.eigh(covariance)
-    variances, components = variances.flip(0)[:channels].clamp(min=0), components.flip(1)[:, :channels].T
+    variances, components = variances.flip(0)[:channels], components.flip(1)[:, :channels].T
+    variances = variances.clamp(min=1e-6 * variances[0].clamp(min=0))      # few pictures do not span all components
     rae.encoder[1].weight.copy_(components.view(channels, D, 1, 1))
     rae.encoder[1].bias.copy_(-components @ mean)
 
@@ -511,7 +512,7 @@ class LatentCache:
         with tqdm(total=sum(map(len, todo)), desc="encoding", unit=" pictures", disable=rank != 0 or not todo,
                   leave=False) as bar:
             for part in todo:
-                images = to_float(dataset.load(part))
+                images = dataset.load(part)
                 for flip in (0, 1):
                     z = encode_to_half(rae, images.flip(3) if flip else images, part.start)
                     self.latents[part.start:part.stop, flip] = z.cpu().numpy()

@@ -121,7 +121,7 @@ def counted(module, *inputs):
 # ---- On paper -------------------------------------------------------------------------------------------------------
 
 PICTURE, LATENT = (3, 256, 256), (768, 16, 16)
-PICTURES = {"animal-faces": 14_630, "flowers": 8_189, "imagenet": 1_281_167}               # of the paper's data sets
+SET_SIZES = {"animal-faces": 14_630, "flowers": 8_189, "imagenet": 1_281_167}              # pictures
 
 # What the paper says. Millions of parameters and GFLOPs; for the autoencoder GMACs, cut to a whole number:
 PARTS = {"SiT-B/1": (130, None), "SiT-XL/1": (674, 230), "decoder": (415, 213), "autoencoder": (502, 128)}
@@ -176,7 +176,7 @@ def parts_table():
 
 def sampling_table():
     rows = []
-    for name in PICTURES:
+    for name in SET_SIZES:
         model, guided, (encoder, decoder) = PRESETS[name]["model"], PRESETS[name]["cfg"] != 1, SPHERE_ENCODER[name]
         for steps, said, said_of_theirs in zip((2, 4, 6), *SAMPLING[name]):
             ours, whole = sampling_cost(model, steps, guided).tolist()
@@ -189,7 +189,7 @@ def sampling_table():
 
 def training_table():
     rows = []
-    for name, pictures in PICTURES.items():
+    for name, pictures in SET_SIZES.items():
         model, batch, epochs = (PRESETS[name][key] for key in ("model", "batch_size", "epochs"))
         steps = -(-epochs * pictures // batch)                             # as train.py has it
         for extra, options in (("", {}), (", Eq. 4", {"eq4": True}), (", encoding", {"encoding": True})):
@@ -323,8 +323,8 @@ NFE: calls of the denoiser, two a step with guidance (flowers, imagenet). SE: Sp
 n decoders + n - 1 encoders, twice that with guidance; what those cost is given, not computed here.
 ratio: SE / GFLOPs.""",
     "training": """\
-Training: two views of an example, forward and backward (2 x forward); 256 examples a step, imagenet
-512. Eq. 4: a third view, for latent consistency. encoding: of the pictures in every step, not once.
+Training: two views of an example, forward and backward (2 x forward); 256 examples a step, 512 for
+imagenet. Eq. 4: a third view, for latent consistency. encoding: of the pictures in every step.
 A step in TFLOPs (10^12), an epoch in PFLOPs (10^15), a run in EFLOPs (10^18).""",
     "steps": "{} training steps, all finite: loss {:.2f}, at last {:.2f}; gradient norm up to {:.2f}",
     "bench": """\
@@ -343,7 +343,7 @@ def table_text(rows):
         values = [row[key] for row in rows]
         largest = max((abs(v) for v in values if isinstance(v, float)), default=0)
         digits = "+.2f" if "%" in key else f".{(largest < 1e4) + (largest < 100) + (largest < 1)}f"
-        cells = [v or "" if v is None or isinstance(v, str) else format(v, digits if isinstance(v, float) else ",")
+        cells = ["" if v is None else v if isinstance(v, str) else format(v, digits if isinstance(v, float) else ",")
                  for v in values]
         width, left = max(map(len, [key, *cells])), isinstance(values[0], str)
         cells = [key, "-" * width if left else "-" * (width - 1) + ":", *cells]
@@ -361,7 +361,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add = parser.add_argument_group("measuring").add_argument
     add("--bench", action="store_true", help="measure this machine; without a GPU --model is SiT-S/1 if not given")
-    add("--batch-size", type=number(int, 1), help="examples at a time; if not given 64, without a GPU 2")
+    add("--batch-size", type=number(int, 1), help="examples at a time; if not given 64, without a GPU 1")
     add("--repeat", type=number(int, 1), help="runs that are timed; if not given 20, without a GPU 5")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the denoiser; if not given bfloat16, without a GPU float32")
@@ -374,7 +374,7 @@ def main(argv=None):
             device = setup(args.device or "auto")[2]
         model, batch, dtype, repeat = "SiT-B/1", 64, "bfloat16", 20
         if device.type == "cpu":
-            model, batch, dtype, repeat = "SiT-S/1", 2, "float32", 5
+            model, batch, dtype, repeat = "SiT-S/1", 1, "float32", 5
         try:
             found = bench(args.model or model, steps, args.cfg, args.batch_size or batch, args.dtype or dtype, device,
                           args.repeat or repeat)

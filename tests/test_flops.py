@@ -7,10 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import fid
 import flops
 import sphere
 from conftest import equal
-from fid import InceptionV3
 from flops import count_macs
 from model import SiT_models
 from rae import DINOv2Encoder, ViTDecoder
@@ -40,7 +40,7 @@ def test_agrees_with_torch(name):
     z, y, images = torch.zeros(2, 768, 16, 16), torch.zeros(2, dtype=torch.long), torch.zeros(2, 3, 256, 256)
     module, inputs = {"SiT-S/1": lambda: (SiT_models[name](), [z, y]), "decoder": lambda: (ViTDecoder(depth=3), [z]),
                       "encoder": lambda: (DINOv2Encoder(depth=2), [images]),
-                      "inception": lambda: (InceptionV3(), [images])}[name]()
+                      "inception": lambda: (fid.InceptionV3(), [images])}[name]()
     meta, meta_inputs = module.eval().to("meta"), [x.to("meta") for x in inputs]
     with torch.no_grad():
         assert 2 * count_macs(module, *inputs) == torchs_count(lambda: meta(*meta_inputs)) > 0

@@ -45,8 +45,8 @@ HARMLESS = set("""
     scalar_tensor linspace eye rand rand_like randn randn_like randint randperm bernoulli native_dropout
     sum mean prod max min amax amin argmax argmin any all var var_mean std cumsum sort topk linalg_vector_norm
     _softmax _safe_softmax _log_softmax native_layer_norm _fused_rms_norm native_group_norm native_batch_norm glu
-    avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d _prelu_kernel upsample_nearest2d upsample_bilinear2d
-    upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa""".split())
+    avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d _prelu_kernel hardswish upsample_nearest2d
+    upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa unsafe_split""".split())
 ELEMENTWISE = {torch.Tag.pointwise, torch.Tag.inplace_view}
 
 

@@ -50,7 +50,8 @@ def test_agrees_with_torch(name):
     (nn.Linear(7, 5), (3, 4, 7)), (nn.Linear(7, 5, bias=False), (7,)),
     (nn.Conv2d(6, 4, 3, 2, 1, groups=2), (3, 6, 9, 8)),
     (nn.Conv1d(6, 4, 5, dilation=2, padding="same"), (2, 6, 11)), (nn.ConvTranspose2d(6, 4, 3, 2, 1), (3, 6, 9, 8)),
-    (nn.MultiheadAttention(8, 2, batch_first=True), (3, 5, 8)), (nn.TransformerEncoderLayer(8, 2, 16), (3, 5, 8))])
+    (nn.MultiheadAttention(8, 2, batch_first=True), (3, 5, 8)), (nn.TransformerEncoderLayer(8, 2, 16), (3, 5, 8)),
+    (nn.LSTM(8, 16), (3, 5, 8))])
 def test_layers(layer, shape):
     x = torch.randn(shape)
     x = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)

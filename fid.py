@@ -607,6 +607,15 @@ def diversity(images, labels):
     return (torch.stack(distances).mean() / images[0].numel() ** 0.5).item()
 
 
+def toy_report(train_set, test_set, reconstruct, draw, n=1000):
+    """toy_table of a run: n held-out pictures, their reconstructions, class means, and draw(indices, steps)."""
+    train, (test, labels) = train_set.load(range(len(train_set.labels))), (test_set.load(range(n)), test_set.labels[:n])
+    rows = [("held-out (the floor)", test, labels), ("held-out, reconstructed", reconstruct(test), labels),
+            ("class means (to beat)", class_means(train, train_set.labels)[:n], train_set.labels[:n])]
+    rows += [(f"{steps} step{'s'[:steps > 1]}", *draw(torch.arange(n), steps)) for steps in (1, 2, 4, 8)]
+    return toy_table(train, train_set.labels, rows)
+
+
 def toy_table(train_images, train_labels, rows):
     """Rows (name, images, labels) against the training pictures -> a list of dicts; use as many pictures in each."""
     features = ToyFeatures(train_images, train_labels)

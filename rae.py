@@ -66,6 +66,10 @@ class RAE(nn.Module):
         """(B, C, h, w) -> (B, 3, H, W), not clamped: whoever makes a picture of it clamps."""
         return self.decoder(self._fitting(latents) * self.std + self.latent_mean)
 
+    def reconstruct(self, images):
+        """uint8 (B, 3, S, S) -> uint8 (B, 3, S, S), on the CPU."""
+        return to_uint8(self.decode(self.encode(to_float(images.to(self.latent_var.device))))).cpu()
+
     def _fitting(self, z):
         C, h, w = self.latent_mean.shape
         if z.shape[1] != C or (h, w) not in ((1, 1), tuple(z.shape[2:])):
@@ -552,11 +556,11 @@ class LatentCache:
 
 # ---- The command ----------------------------------------------------------------------------------------------------
 
-def reconstruct(rae, file, out):
+def write_reconstruction(rae, file, out):
     """Original beside reconstruction, both in 8 bits -> out/NAME.png; returns the PSNR between them in dB."""
     picture = centre_crop(read_picture(file), rae.image_size)
     original = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]                  # (1, 3, S, S)
-    decoded = to_uint8(rae.decode(rae.encode(to_float(original).to(rae.latent_var.device)))).cpu()
+    decoded = rae.reconstruct(original)
     both = torch.cat([original, decoded], dim=3)[0].permute(1, 2, 0)                       # (S, 2 S, 3)
     path = out / f"{Path(file).stem}.png"
     with write_whole(path) as part:
@@ -597,7 +601,7 @@ def main(argv=None):
         raise UsageError("two pictures have the same name, and so would their reconstructions: do them one by one")
     _, _, device = train.setup(args.device)
     rae = load_rae(train.load_checkpoint(args.ckpt)["rae"] if args.ckpt else "dinov2-b", device, args.weights_dir)
-    values = [reconstruct(rae, file, Path(args.out)) for file in args.images]
+    values = [write_reconstruction(rae, file, Path(args.out)) for file in args.images]
     if len(values) > 1:
         print(f"mean of {len(values)}: {sum(values) / len(values):.2f} dB")
 

@@ -25,9 +25,9 @@ from tqdm import tqdm
 import sphere
 from data import (ArgumentParser, ToyFlowers, UsageError, UserError, global_batch, keyed_generator,
                   number, open_pictures, user_errors, write_whole)
-from fid import class_means, table_text, toy_table
+from fid import table_text, toy_report
 from model import SiT_models
-from rae import open_latents, open_rae, to_float, to_uint8
+from rae import open_latents, open_rae
 from sample import generate, picture_grid
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -67,8 +67,7 @@ PRESETS = {
 def parse_args(argv):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="toy",
-        help="toy, flowers, animal-faces, imagenet, or the PATH of a folder with a folder of pictures for each class")
+    add("--dataset", default="toy", help="toy, flowers, animal-faces, imagenet, or the PATH of a folder of class folders")
     add("--split", default="all", choices=("train", "val", "test", "all"), help="of flowers; the others have one")
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and count them")
     add("--image-size", type=number(int, 1), help="side of the pictures in pixels: 256 for dinov2-b")
@@ -76,8 +75,7 @@ def parse_args(argv):
     add("--rae-patch", type=number(int, 1), default=16, help="side of the toy autoencoder's patches in pixels")
     add("--weights-dir", help="folder with the files of dinov2-b, put there by hand; without it: the Hugging Face Hub")
     add("--data-dir", default="datasets", help="where downloads and caches of latents go")
-    add("--cache-latents", default="auto", choices=("auto", "yes", "no"),
-        help="encode once, or in every step; auto: once if the disk has room")
+    add("--cache-latents", default="auto", choices=("auto", "yes", "no"), help="encode once; auto: if the disk has room")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=SiT_models, help="size and patch of the denoiser")
     add("--class-dropout-prob", type=number(float, 0, 1), help="share of labels replaced by the null class")
@@ -127,8 +125,7 @@ def parse_args(argv):
         preset = SHORT if known.rae == "toy" else PAPER
     parser.set_defaults(**{"steps": None, **preset, "epochs": None})
     args = parser.parse_args(argv)
-    if args.steps is None and args.epochs is None:
-        args.epochs = preset["epochs"]
+    args.epochs = args.epochs or (None if args.steps else preset["epochs"])
     if args.alpha_mix < args.alpha_max:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: the mix is harder")
     args.sigma = sphere.angle_to_sigma(args.alpha_max) if args.sigma is None else args.sigma
@@ -156,8 +153,7 @@ def setup(device="auto"):
             print(f"{torch.cuda.device_count()} GPUs are here, one is used; torchrun --nproc-per-node gpu "
                   f"{' '.join(sys.argv)} takes them all")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=3))                # the first process may have much to download
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))  # downloads
     return rank, world, device
 
 
@@ -392,23 +388,11 @@ def train(args, rank, world, device):
                 draw_grid(step)
 
     say(f"{out}/ckpt.pt is finished at step {args.steps}; draw from it: python sample.py --ckpt {out}/ckpt.pt")
-    if args.dataset == "toy" and rank == 0:
-        report_quality(args, rae, draw, dataset, out)
-
-
-def report_quality(args, rae, draw, dataset, out, n=1000):
-    """The toy's own number: Frechet distances of n pictures to the training set, in two feature spaces of fid.py."""
-    train = dataset.load(range(len(dataset.labels)))
-    test_set = ToyFlowers(args.image_size, "test")
-    test, labels = test_set.load(range(n)), test_set.labels[:n]
-    decoded = to_uint8(rae.decode(rae.encode(to_float(test).to(rae.latent_var.device)))).cpu()
-    rows = [("held-out (the floor)", test, labels), ("held-out, reconstructed", decoded, labels),
-            ("class means (to beat)", class_means(train, dataset.labels)[:n], dataset.labels[:n])]
-    rows += [(f"{steps} step{'s'[:steps > 1]}", *draw(torch.arange(n), steps)) for steps in (1, 2, 4, 8)]
-    table = toy_table(train, dataset.labels, rows)
-    with write_whole(out / "quality.json") as part:
-        part.write_text(json.dumps(table, indent=1))
-    print(f"\n{n} pictures a row; guidance {args.cfg:g}, {args.sampling_noise} noise\n{table_text(table)}")
+    if args.dataset == "toy" and rank == 0:                                # its own quality number, at the end
+        table = toy_report(dataset, ToyFlowers(args.image_size, "test"), rae.reconstruct, draw)
+        with write_whole(out / "quality.json") as part:
+            part.write_text(json.dumps(table, indent=1))
+        print(f"\nguidance {args.cfg:g}, {args.sampling_noise} noise\n{table_text(table)}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class RAE(nn.Module):
     (C, 1, 1) for any h and w. image_size: what the denoiser's latents decode to; patch_size: pixels to a side of a
     latent's pixel; files: name -> sha256 of the weights that a checkpoint need not keep."""
 
-    def __init__(self, encoder, decoder, latent_mean, latent_var, image_size, patch_size, name, files=None):
+    def __init__(self, encoder, decoder, latent_mean, latent_var, image_size, patch_size, name="own", files=None):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.register_buffer("latent_mean", latent_mean)

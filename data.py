@@ -50,6 +50,7 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
         raise UsageError(f"--split {split}: only flowers has splits; {name} is its training pictures")
     if name == "toy":
         return ToyFlowers(image_size)
+    crop = adm_crop if name == "imagenet" else centre_crop
     if name == "flowers":
         found = oxford_flowers(Path(root) / "flowers", split)
     elif name == "animal-faces":
@@ -61,7 +62,6 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     else:
         raise UsageError(f"no data set is called {name!r} and no folder of that name is here: "
                          "use toy, flowers, animal-faces, imagenet or a PATH")
-    crop = adm_crop if name == "imagenet" else centre_crop
     return Pictures(name, *found, image_size, crop, min_side, Path(root) / "bad" if skip_bad else None)
 
 
@@ -195,9 +195,9 @@ class Pictures:
             bad = set(self._bad(bad_folder / f"{name}-{min_side}-{listing[:12]}.json"))
             good = [i for i, file in enumerate(files) if file not in bad]
             self.files, self.labels = [files[i] for i in good], self.labels[good]
-            if bad:
+            if bad and not (dist.is_initialized() and dist.get_rank()):
                 print(f"--skip-bad: {len(bad)} of {len(files)} pictures of {name} are left out, {min(bad)} the first")
-                listing = self._listing()
+            listing = self._listing()
         for label, count in enumerate(torch.bincount(self.labels, minlength=len(classes))):
             if not count:
                 raise UserError(f"class {classes[label]} of {folder} has no pictures: remove it or put some in")

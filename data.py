@@ -67,9 +67,10 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
 
 def open_pictures(args, rank):
     """load_dataset by train.py's arguments; the first process fetches what has to be fetched."""
-    min_side = args.rae_patch if args.rae == "toy" else 1
+    size = max(args.image_size, args.input_size)                           # an encoder may see more than is decoded
+    min_side = args.rae_patch if args.rae == "toy" else args.input_size // 8 or 1
     with first_process_first(rank):
-        return load_dataset(args.dataset, args.image_size, min_side, args.data_dir, args.split, args.skip_bad)
+        return load_dataset(args.dataset, size, min_side, args.data_dir, args.split, args.skip_bad)
 
 
 def global_batch(n, batch_size, step, seed):

@@ -148,6 +148,7 @@ def _preset(**sizes):
 
 SiT_models = {
     "SiT-T/1": _preset(patch_size=1, hidden_size=128, depth=4, num_heads=4),    # ours, for the toy: 1.3M
+    "SiT-XS/1": _preset(patch_size=1, hidden_size=192, depth=6, num_heads=3),   # ours, for photographs: 4.1M
     "SiT-S/1": _preset(patch_size=1, hidden_size=384, depth=12, num_heads=6),
     "SiT-B/1": _preset(patch_size=1, hidden_size=768, depth=12, num_heads=12),
     "SiT-L/1": _preset(patch_size=1, hidden_size=1024, depth=24, num_heads=16),

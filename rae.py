@@ -152,8 +152,10 @@ def official_files(weights_dir=None):
     paths, missing, reason = {}, [], f"not in {weights_dir}"
     for part, (repo, revision, file, sha256) in OFFICIAL_FILES.items():
         url = hf_hub_url(repo, file, revision=revision)
-        path = Path(weights_dir) / Path(file).name if weights_dir else try_to_load_from_cache(repo, file, revision=revision)
-        if not weights_dir and not isinstance(path, str) and not missing:                  # one failure is enough
+        path = try_to_load_from_cache(repo, file, revision=revision)
+        if weights_dir:
+            path = Path(weights_dir) / Path(file).name
+        elif not isinstance(path, str) and not missing:                    # one failure is enough
             try:
                 get_hf_file_metadata(url, timeout=10)                      # without the long retries of the next line
                 path = hf_hub_download(repo, file, revision=revision)
@@ -471,7 +473,7 @@ def free_bytes(folder):
 
 
 def encode_to_half(rae, images, first):
-    """Pictures (b, 3, S, S) -> float16 (b, C, h, w) on the autoencoder's device; `first`: the number of the first one."""
+    """Pictures (b, 3, S, S) -> float16 (b, C, h, w) on the autoencoder's device; the first one's number is `first`."""
     z = rae.encode(to_float(images.to(rae.latent_var.device))).half()
     if not z.isfinite().all():
         raise UserError(f"the latents of pictures {first} to {first + len(z) - 1} are not finite in float16")

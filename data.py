@@ -363,8 +363,8 @@ def imagenet(folder):
     classes = [d.name for d in folder.iterdir() if re.fullmatch(r"n\d{8}", d.name)] if folder.is_dir() else []
     if len(classes) != 1000:
         raise UserError(f"{folder} has {len(classes)} of the 1000 class folders n01440764 ... n15075141. ImageNet "
-                        "can't be downloaded without an account: get ILSVRC2012's training pictures from image-net.org and "
-                        f"put the folders there, or a link: ln -s /where/they/are/train {folder}")
+                        "can't be downloaded without an account: get ILSVRC2012's training pictures from image-net.org "
+                        f"and put the folders there, or a link: ln -s /where/they/are/train {folder}")
     return class_folders(folder)
 
 

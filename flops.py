@@ -272,10 +272,13 @@ def bench(name, steps, cfg, batch, dtype, device, repeat):
                      "used": rate / rates[kind], "GB": peak_memory_gb(device)})
 
     side = 8192 if gpu else 2048
-    for kind in dict.fromkeys((dtype, "float32")):                         # the autoencoder is float32, as in rae.py
+
+    def product(kind):                                                     # its factors go when it goes
         a, b = torch.randn(2, side, side, device=device).to(getattr(torch, kind))
-        measure(f"product, {side} x {side}", None, kind, 2 * side ** 3 / 1e9, lambda: a @ b)
-    del a, b
+        return lambda: a @ b
+
+    for kind in dict.fromkeys((dtype, "float32")):                         # the autoencoder is float32, as in rae.py
+        measure(f"product, {side} x {side}", None, kind, 2 * side ** 3 / 1e9, product(kind))
 
     model, seen = build(name).to(device), []
     z, y = torch.randn(batch, *LATENT, device=device), torch.arange(batch, device=device) % model.num_classes

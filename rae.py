@@ -734,7 +734,7 @@ def free_bytes(folder):
 
 
 def encode_to_half(rae, images, first):
-    """Pictures (b, 3, S, S) -> float16 (b, C, h, w) on the autoencoder's device; `first`: the number of the first one."""
+    """Pictures (b, 3, S, S) -> float16 (b, C, h, w) on the autoencoder's device; the first one's number is `first`."""
     z = rae.encode(to_float(images.to(rae.latent_var.device))).half()
     if not z.isfinite().all():
         raise UserError(f"the latents of pictures {first} to {first + len(z) - 1} are not finite in float16")

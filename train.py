@@ -71,7 +71,7 @@ PRESETS = {
 def parse_args(argv):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="toy", help="toy, flowers, animal-faces, imagenet, or the PATH of a folder of class folders")
+    add("--dataset", default="toy", help="toy, flowers, animal-faces, imagenet, or the PATH of a folder of classes")
     add("--split", default="all", choices=("train", "val", "test", "all"), help="of flowers; the others have one")
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and count them")
     add("--image-size", type=number(int, 1), help="side of the pictures in pixels: 256 for dinov2-b")

@@ -131,7 +131,8 @@ def test_names_in_a_zip_stay_inside(tmp_path):
     folder = tmp_path / "inside"
     folder.mkdir()
     unpack(archive(folder / "a.zip", {"jpg/1.jpg": b"one", "../../evil": b"x", "/abs": b"x"}), folder, "jpg")
-    assert sorted(p.name for p in folder.iterdir()) == ["a.zip", "jpg"] and [p.name for p in tmp_path.iterdir()] == ["inside"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a.zip", "jpg"]
+    assert [p.name for p in tmp_path.iterdir()] == ["inside"]
 
 
 @pytest.mark.parametrize("kind", ["tgz", "zip"])
@@ -155,7 +156,8 @@ def flowers_stand_in(folder, n=24):
     archive(folder / "102flowers.tgz", {f"jpg/image_{i:05d}.jpg": jpeg(10 * i) for i in range(1, n + 1)})
     scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.arange(n)[None] % 4 + 1})
     ids = np.arange(n, 0, -1)[None]
-    scipy.io.savemat(folder / "setid.mat", {"trnid": ids[:, 8:16], "valid": ids[:, 4:8], "tstid": ids[:, [*range(4), *range(16, n)]]})
+    rest = [*range(4), *range(16, n)]
+    scipy.io.savemat(folder / "setid.mat", {"trnid": ids[:, 8:16], "valid": ids[:, 4:8], "tstid": ids[:, rest]})
     return {p.name: {"md5": data.file_hash(p, "md5")} for p in folder.iterdir()}
 
 

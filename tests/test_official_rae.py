@@ -160,7 +160,8 @@ def test_encoder_is_the_official_one(encoder_golden):
 def test_encoder_takes_every_key_or_says_which(encoder_golden):
     _, state, heads = encoder_golden
     with pytest.raises(ValueError, match="missing: encoder.layer.2.layer_scale1.lambda1"):
-        DINOv2Encoder.from_hugging_face({k: v for k, v in state.items() if k != "encoder.layer.2.layer_scale1.lambda1"}, heads)
+        less = {key: value for key, value in state.items() if key != "encoder.layer.2.layer_scale1.lambda1"}
+        DINOv2Encoder.from_hugging_face(less, heads)
     with pytest.raises(ValueError, match="unexpected: surplus"):
         DINOv2Encoder.from_hugging_face({**state, "surplus": torch.zeros(1)}, heads)
     with pytest.raises(ValueError, match="missing embeddings.position_embeddings"):
@@ -179,7 +180,7 @@ def test_the_decoder_at_its_real_size():
     assert relative(image[0, :, :16, :16], golden) < 2e-5
 
 
-# ---- Files, and a run of the paper from end to end, with small random weights in files of the official layout ----------
+# ---- Files, and the paper's run from end to end, with small random weights in files of the official layout -----------
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):

@@ -146,29 +146,40 @@ def official_rae(weights_dir=None):
     return RAE(encoder, decoder, mean, var, side * decoder.patch_size, decoder.patch_size, "dinov2-b", files)
 
 
+def from_hub(repo, file, revision=None, fetch=True):
+    """-> path, None or None, why not: a file of the Hugging Face Hub, from its cache or, if fetch, from the network."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    path, reason = try_to_load_from_cache(repo, file, revision=revision), "no network"
+    if isinstance(path, str):
+        return path, None
+    if fetch:
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), timeout=10)    # without the long retries
+            return hf_hub_download(repo, file, revision=revision), None
+        except Exception as error:                                         # the Hub's client has many kinds
+            if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+                raise
+            reason = str(error).splitlines()[0]
+    return None, reason
+
+
 def official_files(weights_dir=None):
     """-> part: path of its verified file, in weights_dir, or in the Hub's cache, or fetched from the Hub."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    paths, missing, reason = {}, [], f"not in {weights_dir}"
+    from huggingface_hub import hf_hub_url
+    paths, missing, why = {}, [], f"not in {weights_dir}"
     for part, (repo, revision, file, sha256) in OFFICIAL_FILES.items():
         url = hf_hub_url(repo, file, revision=revision)
-        path = try_to_load_from_cache(repo, file, revision=revision)
         if weights_dir:
             path = Path(weights_dir) / Path(file).name
-        elif not isinstance(path, str) and not missing:                    # one failure is enough
-            try:
-                get_hf_file_metadata(url, timeout=10)                      # without the long retries of the next line
-                path = hf_hub_download(repo, file, revision=revision)
-            except Exception as error:                                     # the Hub's client has many kinds
-                if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-                    raise
-                reason = str(error).splitlines()[0]
-        if isinstance(path, (str, Path)) and Path(path).exists():
+        else:
+            path, reason = from_hub(repo, file, revision, fetch=not missing)               # one failure is enough
+            why = why if missing else reason
+        if path and Path(path).exists():
             paths[part] = verify(path, f"remove it and fetch {url} again", sha256=sha256)
         else:
             missing.append(f"  {part}: {Path(file).name} from {url}")
     if missing:
-        raise UserError(f"the official autoencoder lacks {len(missing)} of {len(OFFICIAL_FILES)} files ({reason}). Try "
+        raise UserError(f"the official autoencoder lacks {len(missing)} of {len(OFFICIAL_FILES)} files ({why}). Try "
                         "again with a network, or put these into a folder by hand and name it by --weights-dir:\n" +
                         "\n".join(missing))
     return paths

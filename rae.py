@@ -35,14 +35,17 @@ from data import (DISK_REFUSES, ArgumentParser, UsageError, UserError, barrier, 
 class RAE(nn.Module):
     """encoder: (B, 3, H, W) in [0, 1] -> (B, C, h, w); decoder: the way back; latent_mean and latent_var: (C, h, w), or
     (C, 1, 1) for any h and w. image_size: what the denoiser's latents decode to; patch_size: pixels to a side of a
-    latent's pixel; files: name -> sha256 of the weights that a checkpoint need not keep."""
+    latent's pixel; files: name -> sha256 of the weights that a checkpoint need not keep; made_by: what a fitted encoder
+    was made by, where its last bits depend on the machine."""
 
-    def __init__(self, encoder, decoder, latent_mean, latent_var, image_size, patch_size, name="own", files=None):
+    def __init__(self, encoder, decoder, latent_mean, latent_var, image_size, patch_size, name="own", files=None,
+                 made_by=None):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.register_buffer("latent_mean", latent_mean)
         self.register_buffer("latent_var", latent_var)
         self.image_size, self.patch_size, self.name, self.files = image_size, patch_size, name, files
+        self.made_by = made_by
         self.eval().requires_grad_(False)
 
     @property
@@ -79,6 +82,8 @@ class RAE(nn.Module):
         config = {"name": self.name, "image_size": self.image_size, "patch_size": self.patch_size}
         if self.files:
             return {**config, "files": self.files}
+        if self.made_by:
+            config["made_by"] = self.made_by
         return {**config, "state": {key: value.cpu() for key, value in self.state_dict().items()}}
 
     def fingerprint(self):
@@ -86,6 +91,8 @@ class RAE(nn.Module):
         digest = hashlib.sha256(f"{self.name} {self.image_size}".encode())
         if self.files:
             digest.update(json.dumps([self.files["encoder"], self.files["statistics"]]).encode())
+        elif self.made_by:
+            digest.update(json.dumps(self.made_by, sort_keys=True).encode())
         else:
             for key, value in self.state_dict().items():
                 if not key.startswith("decoder."):
@@ -664,6 +671,7 @@ def load_rae(source, device="cpu", weights_dir=None):
         network = timm.create_model(spec["model"], **spec["options"])      # its numbers are in the state
         rae = pretrained_rae(saved["name"], network, len(saved["state"]["latent_var"]), saved["image_size"])
         rae.load_state_dict(saved["state"])
+        rae.made_by = saved.get("made_by")
     elif "state" in saved:
         rae = toy_rae(len(saved["state"]["latent_var"]), saved["patch_size"], saved["image_size"])
         rae.load_state_dict(saved["state"])
@@ -685,7 +693,11 @@ def open_rae(args, dataset, rank, world, device, saved=None):
                 saved = fit_rae(args.rae, dataset.load(some), args.rae_patch).saved()
             else:
                 images = dataset.load(some[:1000])
-                saved = fit_pretrained(args.rae, images, args.image_size, device=device, seed=args.seed).saved()
+                rae = fit_pretrained(args.rae, images, args.image_size, device=device, seed=args.seed)
+                # The last bits of PCA depend on the number of threads; the caches of it should not.
+                rae.made_by = {**PRETRAINED[args.rae], "pictures": dataset.recipe, "seed": args.seed,
+                               "channels": len(rae.latent_mean)}
+                saved = rae.saved()
         saved = [saved]
         if world > 1:
             dist.broadcast_object_list(saved)

@@ -196,9 +196,10 @@ class Pictures:
             bad = set(self._bad(bad_folder / f"{name}-{min_side}-{listing[:12]}.json"))
             good = [i for i, file in enumerate(files) if file not in bad]
             self.files, self.labels = [files[i] for i in good], self.labels[good]
-            if bad and not (dist.is_initialized() and dist.get_rank()):
-                print(f"--skip-bad: {len(bad)} of {len(files)} pictures of {name} are left out, {min(bad)} the first")
-            listing = self._listing()
+            if bad:
+                listing = self._listing()
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    print(f"--skip-bad: {len(bad)} of {len(files)} pictures of {name} are left out, {min(bad)} first")
         for label, count in enumerate(torch.bincount(self.labels, minlength=len(classes))):
             if not count:
                 raise UserError(f"class {classes[label]} of {folder} has no pictures: remove it or put some in")
@@ -236,7 +237,10 @@ class Pictures:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()    # (b, S, S, 3) -> (b, 3, S, S)
 
     def _read(self, file):
-        picture = read_picture(self.folder / file)
+        try:
+            picture = read_picture(self.folder / file)
+        except UserError as error:
+            raise UserError(f"{error}: repair or remove it, or use --skip-bad") from error
         if min(picture.size) < self.min_side:
             raise UserError(f"{self.folder / file} is {picture.width} x {picture.height}, smaller than the "
                             f"autoencoder's patch of {self.min_side} pixels: remove it, or use --skip-bad")
@@ -258,8 +262,7 @@ def read_picture(file):
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:       # what PIL raises
-        raise UserError(f"{file} cannot be read as a picture ({error}): repair or remove it, "
-                        "or use --skip-bad") from error
+        raise UserError(f"{file} cannot be read as a picture ({error})") from error
 
 
 def centre_crop(picture, image_size):

@@ -745,11 +745,12 @@ def free_bytes(folder):
     return shutil.disk_usage(folder).free
 
 
-def encode_to_half(rae, images, first):
-    """Pictures (b, 3, S, S) -> float16 (b, C, h, w) on the autoencoder's device; the first one's number is `first`."""
+def encode_to_half(rae, images, indices):
+    """Pictures (b, 3, S, S) with these numbers -> float16 (b, C, h, w) on the autoencoder's device."""
     z = rae.encode(to_float(images.to(rae.latent_var.device))).half()
-    if not z.isfinite().all():
-        raise UserError(f"the latents of pictures {first} to {first + len(z) - 1} are not finite in float16")
+    for i, finite in zip(indices, z.isfinite().flatten(1).all(1).tolist()):
+        if not finite:
+            raise UserError(f"the latent of picture {i} is not finite in float16")
     return z
 
 
@@ -763,7 +764,7 @@ class LatentsOnTheFly:
         """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
         images, flips = self.dataset.load(indices), torch.as_tensor(flips).view(-1, 1, 1, 1)
         images = torch.where(flips == 1, images.flip(3), images)
-        return encode_to_half(self.rae, images, int(indices[0])), self.dataset.labels[indices]
+        return encode_to_half(self.rae, images, indices), self.dataset.labels[indices]
 
 
 class LatentCache:
@@ -793,7 +794,7 @@ class LatentCache:
             for part in todo:
                 images = dataset.load(part)
                 for flip in (0, 1):
-                    z = encode_to_half(rae, images.flip(3) if flip else images, part.start)
+                    z = encode_to_half(rae, images.flip(3) if flip else images, part)
                     self.latents[part.start:part.stop, flip] = z.cpu().numpy()
                 self.latents.flush()
                 done[part.start // self.chunk] = True

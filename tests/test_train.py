@@ -56,7 +56,8 @@ def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
         runs[name] = tmp_path / name
         runs[name].mkdir()
         (runs[name] / "photos").symlink_to(photos)
-    more = ("--steps", "20", "--latent-consistency", "0.5", "--log-every", "20")
+    more = ("--steps", "20", "--latent-consistency", "0.5", "--log-every", "20", "--p-mean", "-0.4", "--p-std", "0.9",
+            "--class-dropout-prob", "0.2", "--betas", "0.9", "0.99", "--weight-decay", "0.01", "--sample-steps", "2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, str(ROOT / "train.py"), *train_args(runs["two"], *more)], env=environment(), check=True,
                    capture_output=True, timeout=120)

@@ -65,14 +65,6 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     return Pictures(name, *found, image_size, crop, min_side, Path(root) / "bad" if skip_bad else None)
 
 
-def open_pictures(args, rank):
-    """load_dataset by train.py's arguments; the first process fetches what has to be fetched."""
-    size = max(args.image_size, args.input_size)                           # an encoder may see more than is decoded
-    min_side = args.rae_patch if args.rae == "toy" else args.input_size // 8 or 1
-    with first_process_first(rank):
-        return load_dataset(args.dataset, size, min_side, args.data_dir, args.split, args.skip_bad)
-
-
 def global_batch(n, batch_size, step, seed):
     """Indices (batch_size,) of the examples of a step: one endless row of permutations, cut into batches.
 

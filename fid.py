@@ -931,7 +931,7 @@ def score(args, rank, world, device):
 def score_run(args, rank, device):
     """The table of a checkpoint of train.py and of pictures held out of it: printed, and quality.json beside it."""
     from data import load_dataset, write_whole
-    from rae import load_rae, pretrained_network, to_float, to_uint8
+    from rae import load_rae, picture_size, pretrained_network, to_float, to_uint8
     from sample import generate, load_denoiser
     from train import autocast, load_checkpoint
     if rank > 0:
@@ -939,8 +939,7 @@ def score_run(args, rank, device):
     checkpoint = load_checkpoint(args.A)
     run, classes = checkpoint["args"], checkpoint["classes"]
     rae = load_rae(checkpoint["rae"], device, run["weights_dir"])
-    takes = rae.encoder.spec["input_size"] if hasattr(rae.encoder, "spec") else rae.image_size
-    settings = (max(takes, rae.image_size), run["rae_patch"] if run["rae"] == "toy" else 1, args.data_dir)
+    settings = (picture_size(run["rae"], rae.image_size), run["rae_patch"] if run["rae"] == "toy" else 1, args.data_dir)
     train = load_dataset(run["dataset"], *settings, run["split"], run["skip_bad"])
     if train.recipe.get("files") != run["pictures"].get("files"):
         raise BadInput(f"the pictures of {run['dataset']} are not those of the run: they are the table's reference")

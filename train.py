@@ -1,7 +1,7 @@
 """Train a Sphere Latent Encoder.
 
     python train.py                                   # the toy: drawn flowers, two to three minutes on two CPU cores
-    python train.py --dataset path/to/folder          # a folder with one folder of pictures for each class
+    python train.py --dataset path/to/photos --rae lite0          # a folder with one folder of pictures for each class
     torchrun --nproc-per-node gpu train.py --dataset flowers      # the paper's run; also animal-faces, imagenet
 
 The same command again goes on where the run stopped. Everything random is a function of (seed, step, example), so
@@ -24,25 +24,24 @@ from tqdm import tqdm
 
 import sphere
 from data import (ArgumentParser, ToyFlowers, UsageError, UserError, global_batch, keyed_generator,
-                  number, open_pictures, user_errors, write_whole)
+                  number, user_errors, write_whole)
 from fid import table_text, toy_report
 from model import SiT_models
-from rae import PRETRAINED, open_latents, open_rae, train_decoder
+from rae import PRETRAINED, open_latents, open_pictures, open_rae, train_decoder
 from sample import generate, picture_grid
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
 # The paper's settings (table A). Where its text gives no number the line says so: that default is ours.
 PAPER = dict(
-    rae="dinov2-b", input_size=0, image_size=256, model="SiT-B/1", epochs=500, batch_size=256, lr=1e-4, weight_decay=0.0,
-    ema_decay=[0.9995, 0.9999],                         # the second one is ours, to compare
-    betas=[0.9, 0.95],                                  # not given
+    rae="dinov2-b", image_size=256, model="SiT-B/1", epochs=500, batch_size=256, lr=1e-4,
+    weight_decay=0.0, ema_decay=[0.9995, 0.9999],       # the second decay is ours, to compare
+    betas=[0.9, 0.95], dtype="bfloat16",                # not given
     warmup_steps=0, decay_last=0.0, clip=0.0,           # constant rate; a clip is not mentioned
     noise_dist="lognorm", p_mean=0.0, p_std=1.0,        # mean and std not given
     alpha_max=85.0, alpha_mix=89.0, mix_prob=0.2,       # angles not given: Sphere Encoder's code
     reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,      # low or both: not clear
     cfg=1.0, gamma=1.0, sampling_noise="fresh", sigma=None, sample_steps=4,     # gamma, fresh or same: not given
-    dtype="bfloat16",                                   # not given
     log_every=50, sample_every=2000, save_every=1000)
 
 # Small pictures, few numbers in a latent (about 1,000 in place of 196,608), minutes in place of days: a smaller angle
@@ -52,13 +51,11 @@ SHORT = dict(
     decay_last=0.3, clip=1.0, ema_decay=[0.995, 0.98], alpha_max=75.0, cfg=1.2, gamma=1.5, sampling_noise="same",
     sigma=5.0, dtype="float32", sample_every=500, save_every=500)
 
-# Photographs through a small pretrained encoder (L = 4,096). The angle was chosen among 72, 78, 82 and 86.
-PHOTOS = dict(SHORT, input_size=128, decoder_steps=1600, model="SiT-XS/1", steps=1200, lr=1e-3, alpha_max=82.0, cfg=2.0,
-              gamma=1.0, sigma=None)
+# Photographs through a small pretrained encoder (L = 4,096).
+PHOTOS = dict(SHORT, model="SiT-XS/1", steps=1200, lr=1e-3, alpha_max=82.0, cfg=2.0, gamma=1.0, sigma=None)
 
 PRESETS = {
-    # 3 x 3 patches, the flower in the middle one. Distances at 4 steps 0.065 and 0.418 (class means 0.924 and 5.159)
-    "toy": dict(SHORT, image_size=60, rae_patch=20, steps=2000),
+    "toy": dict(SHORT, image_size=60, rae_patch=20, steps=2000),           # 3 x 3 patches, the flower in the middle one
     "PATH": SHORT,
     # The paper's FID at 2, 4, 6 steps: 12.22, 8.61, 7.85. Its guidance is not given: Sphere Encoder's.
     "flowers": dict(PAPER, epochs=2000, cfg=1.6),
@@ -75,9 +72,9 @@ def parse_args(argv):
     add("--split", default="all", choices=("train", "val", "test", "all"), help="of flowers; the others have one")
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and count them")
     add("--image-size", type=number(int, 1), help="side of the pictures in pixels: 256 for dinov2-b")
-    add("--rae", choices=("toy", *PRETRAINED, "dinov2-b"), help="the autoencoder; it decides about the other defaults, too")
-    add("--decoder-steps", type=number(int, 1), default=1600, help="steps of training the decoder of a pretrained encoder")
+    add("--rae", choices=("toy", *PRETRAINED, "dinov2-b"), help="the autoencoder; it decides about other defaults, too")
     add("--rae-patch", type=number(int, 1), default=16, help="side of the toy autoencoder's patches in pixels")
+    add("--decoder-steps", type=number(int, 1), default=1600, help="steps in which the decoder of lite0 is trained first")
     add("--weights-dir", help="folder with the files of dinov2-b, put there by hand; without it: the Hugging Face Hub")
     add("--data-dir", default="datasets", help="where downloads and caches of latents go")
     add("--cache-latents", default="auto", choices=("auto", "yes", "no"), help="encode once; auto: if the disk has room")
@@ -100,6 +97,8 @@ def parse_args(argv):
     add("--batch-size", type=number(int, 1), help="examples a step, over all processes")
     add("--accumulate", type=number(int, 1), default=1, help="micro-batches a step in each process, to save memory")
     add("--lr", type=number(float, 0), help="learning rate of AdamW")
+    add("--betas", type=number(float, 0, 1), nargs=2, help="betas of AdamW")
+    add("--weight-decay", type=number(float, 0), help="weight decay of AdamW")
     add("--warmup-steps", type=number(int, 0), help="steps over which the rate rises to --lr")
     add("--decay-last", type=number(float, 0, 1), help="last share of the run, in which the rate falls to 5%%")
     add("--clip", type=number(float, 0), help="largest gradient norm; 0: no limit")
@@ -153,8 +152,7 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if world == 1 and torch.cuda.device_count() > 1:
-            print(f"{torch.cuda.device_count()} GPUs are here, one is used; torchrun --nproc-per-node gpu "
-                  f"{' '.join(sys.argv)} takes them all")
+            print(f"one GPU of several is used; torchrun --nproc-per-node gpu {' '.join(sys.argv)} takes them all")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))  # downloads
     return rank, world, device
@@ -187,8 +185,8 @@ def load_checkpoint(path):
 def check_same_run(args, before):
     """A run goes on with the arguments and pictures it began with; its length and what happens beside it may change."""
     free = {"dataset", "pictures", "steps", "epochs", "accumulate", "device", "log_every", "sample_every", "save_every",
-            "data_dir", "out_dir", "weights_dir", "decoder_steps", "cache_latents", "skip_bad", "sample_steps", "cfg", "gamma",
-            "sampling_noise", "sigma"}
+            "data_dir", "out_dir", "weights_dir", "cache_latents", "skip_bad", "decoder_steps", "sample_steps", "cfg",
+            "gamma", "sampling_noise", "sigma"}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(args).items()
                if name not in free and before.get(name) != value]
     if args.pictures != before["pictures"] and not changed:
@@ -267,14 +265,11 @@ def train(args, rank, world, device):
         start = checkpoint["step"]
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for decay, ema in emas.items():
-            for name, value in ema.items():
-                value.copy_(checkpoint["ema"][decay][name])
+        emas = {decay: {k: v.to(device) for k, v in ema.items()} for decay, ema in checkpoint["ema"].items()}
         checkpoint = None                                                  # its tensors are no longer needed
 
-    numbers = sum(p.numel() for p in model.parameters())
     say(f"{args.dataset}: {N:,} pictures, {num_classes} classes, latents {C} x {side} x {side}, L = {C * side ** 2:,}\n"
-        f"{args.model}: {numbers:,} numbers, {args.dtype} on {world} x {device.type}\n"
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} numbers, {args.dtype} on {world} x {device.type}\n"
         f"{args.steps} steps of {args.batch_size} = {world} processes x {args.accumulate} x {micro} pictures, "
         f"{args.steps * args.batch_size / N:.1f} epochs" + (f"; resuming {out} at step {start}" if start else ""))
     if start >= args.steps:

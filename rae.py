@@ -431,7 +431,7 @@ def toy_rae(channels, patch_size, image_size):
 # the decoder is judged; the side of the picture that makes an 8 x 8 map, and what its sides are multiples of; mean and
 # std as the network wants pictures in [0, 1]. Another network that gives a square map is another entry.
 PRETRAINED = {
-    "lite0": dict(model="tf_efficientnet_lite0.in1k", options={}, stage=3, early=(0, 1), input_size=128, multiple=1,
+    "lite0": dict(model="tf_efficientnet_lite0.in1k", options={}, stage=3, early=(0, 1, 2), input_size=128, multiple=1,
                   mean=127 / 255, std=128 / 255),
     "dinov2-s": dict(model="vit_small_patch14_dinov2.lvd142m", options={"dynamic_img_size": True, "num_classes": 0},
                      stage=8, early=(1,), input_size=112, multiple=14, mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -572,11 +572,11 @@ def fit_pretrained(name, images, image_size, channels=64, device="cpu", seed=0):
     return rae
 
 
-def train_decoder(args, dataset, rae, latents, rank=0, world=1, batch_size=32, lr=1e-3, noise=0.4, early_weight=0.1,
+def train_decoder(args, dataset, rae, latents, rank=0, world=1, batch_size=32, lr=1e-3, noise=0.4, early_weight=0.3,
                   save_every=200):
     """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
 
-    The loss is L1, and L1 on the early features of the encoder. The latents get noise of a deviation between 0 and
+    The loss is L1, and relative L1 on the encoder's early features. The latents get noise of a deviation between 0 and
     `noise`, so that the decoder forgives the denoiser. A tenth of the pictures is held out for the PSNR. What was
     trained is kept in DATA_DIR/decoders, under a hash of what made it, and gone on with.
     """
@@ -637,6 +637,8 @@ def optimise_decoder(rae, pairs, pictures, path, manifest, save_every):
         z = (z + sigma * torch.randn(z.shape, generator=g)).to(device)
         decoded = decoder(z * rae.std + rae.latent_mean)
         l1 = (decoded - target).abs().mean()
+        dy, dx = torch.randint(8, (2,), generator=g).tolist()              # shifted, or the encoder's strides would
+        decoded, target = decoded[..., dy:, dx:], target[..., dy:, dx:]    # print their grid into the pictures
         with torch.no_grad():
             wanted = rae.encoder.early(target)
         early = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(rae.encoder.early(decoded), wanted))

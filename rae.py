@@ -565,10 +565,12 @@ def fit_pretrained(name, images, image_size, channels=64, device="cpu", seed=0):
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-6
     x = (x - mean) / std
     variances, components = torch.linalg.eigh(x @ x.T / x.shape[1])
-    weight = components.flip(1)[:, :channels].T / std.T                    # (channels, width)
+    kept, weight = variances.flip(0)[:channels], components.flip(1)[:, :channels].T / std.T        # (channels, width)
     encoder.pca.weight.copy_(weight[:, :, None, None])
     encoder.pca.bias.copy_(-weight @ mean[:, 0])
-    rae.latent_var.fill_(variances.flip(0)[:channels].mean())              # no whitening: one scale, to RMS 1
+    rae.latent_var.fill_(kept.mean())                                      # no whitening: one scale, to RMS 1
+    print(f"{name}: {channels} principal components keep {100 * kept.sum() / variances.sum():.1f}% of the variance of "
+          f"{len(variances)} channels")
     return rae
 
 

@@ -52,7 +52,7 @@ SHORT = dict(
     sigma=5.0, dtype="float32", sample_every=500, save_every=500)
 
 # Photographs through a small pretrained encoder (L = 4,096).
-PHOTOS = dict(SHORT, model="SiT-XS/1", steps=1200, lr=1e-3, alpha_max=82.0, cfg=2.0, gamma=1.0, sigma=None)
+PHOTOS = dict(SHORT, model="SiT-XS/1", steps=1400, lr=4e-3, alpha_max=82.0, cfg=2.0, gamma=1.0, sigma=None)
 
 PRESETS = {
     "toy": dict(SHORT, image_size=60, rae_patch=20, steps=2000),           # 3 x 3 patches, the flower in the middle one
@@ -74,7 +74,7 @@ def parse_args(argv):
     add("--image-size", type=number(int, 1), help="side of the pictures in pixels: 256 for dinov2-b")
     add("--rae", choices=("toy", *PRETRAINED, "dinov2-b"), help="the autoencoder; it decides about other defaults, too")
     add("--rae-patch", type=number(int, 1), default=16, help="side of the toy autoencoder's patches in pixels")
-    add("--decoder-steps", type=number(int, 1), default=1600, help="steps in which the decoder of lite0 is trained first")
+    add("--decoder-steps", type=number(int, 1), default=1200, help="steps in which the decoder of lite0 is trained first")
     add("--weights-dir", help="folder with the files of dinov2-b, put there by hand; without it: the Hugging Face Hub")
     add("--data-dir", default="datasets", help="where downloads and caches of latents go")
     add("--cache-latents", default="auto", choices=("auto", "yes", "no"), help="encode once; auto: if the disk has room")

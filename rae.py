@@ -71,7 +71,7 @@ class RAE(nn.Module):
         return self.decoder(self._fitting(latents) * self.std + self.latent_mean)
 
     def reconstruct(self, images):
-        """uint8 (B, 3, S, S) -> uint8 (B, 3, S, S), on the CPU."""
+        """uint8 pictures -> uint8 (B, 3, image_size, image_size), on the CPU."""
         return to_uint8(self.decode(self.encode(to_float(images.to(self.latent_var.device))))).cpu()
 
     def _fitting(self, z):
@@ -865,9 +865,10 @@ class LatentCache:
 
 def write_reconstruction(rae, file, out):
     """Original beside reconstruction, both in 8 bits -> out/NAME.png; returns the PSNR between them in dB."""
-    picture = centre_crop(read_picture(file), rae.image_size)
-    original = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]                  # (1, 3, S, S)
-    decoded = rae.reconstruct(original)
+    picture = centre_crop(read_picture(file), picture_size(rae.name, rae.image_size))
+    decoded = rae.reconstruct(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])  # (1, 3, S, S)
+    picture = picture.resize(decoded.shape[2:], Image.Resampling.BICUBIC)                  # a copy where it fits
+    original = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     both = torch.cat([original, decoded], dim=3)[0].permute(1, 2, 0)                       # (S, 2 S, 3)
     path = out / f"{Path(file).stem}.png"
     with write_whole(path) as part:

@@ -158,8 +158,11 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert Image.open(saved.with_name("reconstructions.png")).size == (6 * 64, 2 * 64)
 
-    # The run samples, and another encoder's decoder under the same name is refused.
-    sample.main(["--ckpt", str(whole / "out" / "run" / "ckpt.pt"), "--steps", "2", "--device", "cpu"])
+    # The run samples and reconstructs, and another encoder's decoder under the same name is refused.
+    ckpt = ["--ckpt", str(whole / "out" / "run" / "ckpt.pt"), "--device", "cpu"]
+    sample.main([*ckpt, "--steps", "2"])
+    rae_script.main(["reconstruct", *ckpt, "--out", str(tmp_path), str(photos / "left" / "0.png")])
+    assert Image.open(tmp_path / "0.png").size == (128, 64)
     state = torch.load(saved, weights_only=True)
     torch.save({**state, "manifest": {**state["manifest"], "encoder": "another"}}, saved)
     with pytest.raises(SystemExit):

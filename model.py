@@ -1,8 +1,9 @@
 """SiT: the transformer that predicts the clean latent from a noisy one.
 
-It is the SiT / DiT of Ma et al. 2024 and Peebles & Xie 2023 with one thing taken away: there is no timestep.
-The class alone drives adaLN-Zero; how noisy the input is, the network sees for itself (paper, section 4.1).
-This file knows nothing of spheres, noise or images: it maps (B, C, H, W) and a label to (B, C, H, W).
+It is the SiT / DiT of Ma et al. 2024 and Peebles & Xie 2023 with one thing taken away: there is no
+timestep. The class alone drives adaLN-Zero; how noisy the input is, the network sees for itself
+(paper, section 4.1). This file knows nothing of spheres, noise or images: it maps (B, C, H, W) and
+a label to (B, C, H, W).
 """
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # each (B, heads, T, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, h, T, D / h), h heads
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))             # (B, heads, T, D / heads) -> (B, T, D)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))  # (B, h, T, D / h) -> (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -53,7 +54,8 @@ class SiTBlock(nn.Module):
 
     def forward(self, x, c):
         """x (B, T, D) tokens, c (B, D) the class -> (B, T, D)"""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        (shift_msa, scale_msa, gate_msa,
+         shift_mlp, scale_mlp, gate_mlp) = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x
@@ -74,23 +76,26 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """The denoiser G(v, y). `num_classes` itself is the null class of classifier-free guidance.
 
-    input_size: side of the latent in its own pixels; patch_size divides it; 4 and num_heads divide hidden_size.
+    input_size: side of the latent in its own pixels; patch_size divides it; 4 and num_heads divide
+    hidden_size.
     """
 
-    def __init__(self, input_size=16, in_channels=768, patch_size=1, hidden_size=768, depth=12, num_heads=12,
-                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1):
+    def __init__(self, input_size=16, in_channels=768, patch_size=1, hidden_size=768, depth=12,
+                 num_heads=12, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1):
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"patch_size {patch_size} must divide input_size {input_size}; num_heads {num_heads} "
-                             f"and 4 must divide hidden_size {hidden_size}")
+            raise ValueError(f"patch_size {patch_size} must divide input_size {input_size}; "
+                             f"num_heads {num_heads} and 4 must divide hidden_size {hidden_size}")
         self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
 
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size)
-        # Fixed, but a Parameter: it travels in the state dict and is counted in the paper's 130M and 675M.
-        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, input_size // patch_size), requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        # Fixed, but a Parameter: in the state dict, and counted in the paper's 130M and 675M.
+        positions = sincos_2d(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio)
+                                    for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
 
@@ -99,29 +104,31 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.weight.data.flatten(1))  # as the Linear that it is
+        nn.init.xavier_uniform_(self.x_embedder.weight.data.flatten(1))   # as the Linear that it is
         nn.init.zeros_(self.x_embedder.bias)
         nn.init.normal_(self.y_embedder.weight, std=0.02)
-        for layer in [*self.blocks, self.final_layer]:                   # adaLN-Zero: every block starts as identity
+        for layer in [*self.blocks, self.final_layer]:        # adaLN-Zero: blocks start as identity
             nn.init.zeros_(layer.adaLN_modulation[-1].weight)
-        # DiT starts the last layer at zero. Here the loss asks for a direction (1 - cos), and a zero output has none:
-        # its gradient there is 1 / eps, a norm of 1e9 at the first step. A small random start costs nothing.
+        # DiT starts the last layer at zero. Here the loss asks for a direction (1 - cos), and a
+        # zero output has none: its gradient there is 1 / eps, a norm of 1e9 at the first step.
+        # A small random start costs nothing.
         nn.init.normal_(self.final_layer.linear.weight, std=0.02)
 
     def forward(self, x, y, drop=None, generator=None):
         """x (B, C, H, W), y (B,) int64 -> (B, C, H, W).
 
-        Labels are dropped (replaced by the null class) where drop (B,) bool says so; in training mode without it,
-        with probability class_dropout_prob, drawn from generator.
+        Labels are dropped (replaced by the null class) where drop (B,) bool says so; in training
+        mode without it, with probability class_dropout_prob, drawn from generator.
         """
         B, C, H, W = x.shape
         if drop is None and self.training:
             device = generator.device if generator else y.device
-            drop = (torch.rand(B, generator=generator, device=device) < self.class_dropout_prob).to(y.device)
+            drop = torch.rand(B, generator=generator, device=device) < self.class_dropout_prob
+            drop = drop.to(y.device)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
 
-        x = self.x_embedder(x).flatten(2).transpose(1, 2)                # (B, D, H/p, W/p) -> (B, T, D)
+        x = self.x_embedder(x).flatten(2).transpose(1, 2)            # (B, D, H/p, W/p) -> (B, T, D)
         x = x + self.pos_embed
         c = self.y_embedder(y)                                           # (B, D)
         for block in self.blocks:
@@ -129,17 +136,18 @@ class SiT(nn.Module):
         x = self.final_layer(x, c)                                       # (B, T, p * p * C)
 
         p = self.patch_size
-        x = x.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
+        x = x.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)    # (B, C, H/p, p, W/p, p)
         return x.reshape(B, C, H, W)
 
 
 def sincos_2d(dim, grid_size):
-    """Fixed positions (1, grid_size * grid_size, dim), row-major: sin and cos of the column, then of the row."""
+    """Fixed positions (1, grid_size ** 2, dim), row-major: sin, cos of the column, of the row."""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                # (D / 4,)
     angle = np.arange(grid_size)[:, None] * omega                         # (G, D / 4), float64
     one_axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)     # (G, D / 2)
     row, col = np.divmod(np.arange(grid_size ** 2), grid_size)
-    return torch.from_numpy(np.concatenate([one_axis[col], one_axis[row]], axis=1)).float().unsqueeze(0)
+    table = np.concatenate([one_axis[col], one_axis[row]], axis=1)        # (G * G, D)
+    return torch.from_numpy(table).float().unsqueeze(0)
 
 
 def _preset(**sizes):
@@ -147,8 +155,8 @@ def _preset(**sizes):
 
 
 SiT_models = {
-    "SiT-T/1": _preset(patch_size=1, hidden_size=128, depth=4, num_heads=4),    # ours, for the toy: 1.3M
-    "SiT-XS/1": _preset(patch_size=1, hidden_size=192, depth=6, num_heads=3),   # ours, for photographs: 4.1M
+    "SiT-T/1": _preset(patch_size=1, hidden_size=128, depth=4, num_heads=4),      # ours, the toy's
+    "SiT-XS/1": _preset(patch_size=1, hidden_size=192, depth=6, num_heads=3),     # ours, for lite0
     "SiT-S/1": _preset(patch_size=1, hidden_size=384, depth=12, num_heads=6),
     "SiT-B/1": _preset(patch_size=1, hidden_size=768, depth=12, num_heads=12),
     "SiT-L/1": _preset(patch_size=1, hidden_size=1024, depth=24, num_heads=16),

@@ -1,11 +1,13 @@
 """The paper: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592.
 
-Latents live on the sphere of radius sqrt(L), L = C * H * W. A noise level is an angle: adding Gaussian noise of
-standard deviation sigma and projecting back turns a latent by arctan(sigma). The denoiser learns to undo any angle up
-to alpha_max, without being told which; sampling starts from pure noise and repeats: denoise, project, add less noise.
+Latents live on the sphere of radius sqrt(L), L = C * H * W. A noise level is an angle: adding
+Gaussian noise of standard deviation sigma and projecting back turns a latent by arctan(sigma). The
+denoiser learns to undo any angle up to alpha_max, without being told which; sampling starts from
+pure noise and repeats: denoise, project, add less noise.
 
-Everything here is a function of tensors. Latents are (B, C, H, W); geometry and losses are float32 whatever autocast
-says. Sections: the sphere, noise levels (section 4.3), losses (Eq. 2-4), Algorithm 1.
+Everything here is a function of tensors. Latents are (B, C, H, W); geometry and losses are float32
+whatever autocast says. Sections: the sphere, noise levels (section 4.3), losses (Eq. 2-4),
+Algorithm 1.
 """
 import math
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 
-# ---- The sphere -----------------------------------------------------------------------------------------------------
+# ---- The sphere ----------------------------------------------------------------------------------
 
 def full_precision(x):
     """float32 from anything less; float64 stays."""
@@ -21,7 +23,7 @@ def full_precision(x):
 
 
 def spherify(z, eps=1e-6):
-    """f(z): RMS norm over the whole latent of a sample (C, H, W together, not token by token). Norm sqrt(L)."""
+    """f(z): RMS norm over the whole latent of a sample (C, H, W together, not token by token)."""
     z = full_precision(z)
     return z * torch.rsqrt(z.square().mean(dim=tuple(range(1, z.ndim)), keepdim=True) + eps)
 
@@ -42,18 +44,19 @@ def add_noise(v, sigma, eps):
     return spherify(v + sigma.view(-1, *[1] * (v.ndim - 1)) * eps)
 
 
-# ---- Noise levels (section 4.3) -------------------------------------------------------------------------------------
+# ---- Noise levels (section 4.3) ------------------------------------------------------------------
 
-def noise_pair(n, dist="lognorm", p_mean=0.0, p_std=1.0, alpha_max_deg=85.0, alpha_mix_deg=89.0, mix_prob=0.2,
-               generator=None):
-    """Two noise levels for each of n examples -> sigma_hi >= sigma_lo, each (n,), on the generator's device.
+def noise_pair(n, dist="lognorm", p_mean=0.0, p_std=1.0, alpha_max_deg=85.0, alpha_mix_deg=89.0,
+               mix_prob=0.2, generator=None):
+    """Two noise levels for each of n examples -> sigma_hi >= sigma_lo, each (n,).
 
-    sigma = r * tan(alpha_max), and r is drawn by `dist`:
-      "lognorm"         r_a, r_b = sigmoid(p_mean + p_std * N(0, 1)), the larger is r_hi    (the paper's choice)
+    sigma = r * tan(alpha_max), and r is drawn, on the generator's device, by `dist`:
+      "lognorm"         r_a, r_b = sigmoid(p_mean + p_std * N(0, 1)), the larger is r_hi (the paper)
       "uniform"         r_a, r_b ~ U[0, 1], the larger is r_hi
       "sphere-encoder"  r_hi ~ U[0, 1], one from each n-th of the range; r_lo = r_hi * U[0, 0.5]
-    With probability mix_prob the high level comes from a harder range instead: uniform in sigma between tan(alpha_max)
-    and tan(alpha_mix). The paper names a mix range and 0.2; that only the high level changes is our reading.
+    With probability mix_prob the high level comes from a harder range instead: uniform in sigma
+    between tan(alpha_max) and tan(alpha_mix). The paper names a mix range and 0.2; that only the
+    high level changes is our reading.
     """
     device = generator.device if generator is not None else "cpu"
 
@@ -80,11 +83,12 @@ def noise_pair(n, dist="lognorm", p_mean=0.0, p_std=1.0, alpha_max_deg=85.0, alp
     return torch.where(harder, sigma_max + rand() * (sigma_mix - sigma_max), sigma_hi), sigma_lo
 
 
-# ---- Losses (section 4.2, appendix B; weights of table A) -----------------------------------------------------------
+# ---- Losses (section 4.2, appendix B; weights of table A) ----------------------------------------
 
 def l1_and_cosine(pred, target):
-    """Mean |pred - target| and 1 - cos of the flattened latents, for each example: two (B,) tensors."""
-    pred, target = full_precision(pred).flatten(1), full_precision(target).flatten(1)  # (B, C, H, W) -> (B, L)
+    """Mean |pred - target| and 1 - cos of the flattened latents, an example each: two of (B,)."""
+    pred = full_precision(pred).flatten(1)                    # (B, C, H, W) -> (B, L)
+    target = full_precision(target).flatten(1)
     return (pred - target).abs().mean(dim=1), 1 - F.cosine_similarity(pred, target, dim=1)
 
 
@@ -95,13 +99,13 @@ def reconstruction_loss(pred, target):
 
 
 def consistency_loss(pred_hi, pred_lo):
-    """Eq. 3, 25 * L1 + (1 - cos): the prediction from more noise follows the one from less, which is held fixed."""
+    """Eq. 3, 25 * L1 + (1 - cos): the prediction from more noise follows the other, held fixed."""
     l1, cosine = l1_and_cosine(pred_hi, pred_lo.detach())
     return (25 * l1 + cosine).mean()
 
 
 def latent_consistency_loss(denoiser, pred_hi, sigma_hi, eps, y):
-    """Eq. 4, 1 - cos between a prediction and what the denoiser makes of it after the same noise level again.
+    """Eq. 4, 1 - cos between a prediction and what the denoiser makes of it, noised again as much.
 
     The paper drops this term (it slows training and ends worse); no stop-gradient is our reading.
     """
@@ -112,34 +116,39 @@ def latent_consistency_loss(denoiser, pred_hi, sigma_hi, eps, y):
 def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, reconstruct="low", eps_again=None):
     """One training step of the paper: the losses by name, and the two predictions.
 
-    z (B, C, H, W) clean latents, y (B,), sigma_hi and sigma_lo (B,), eps (B, C, H, W) shared by both levels.
-    reconstruct: Eq. 2 on the "low" noise level only, as Sphere Encoder has it, or on "both" (their mean).
+    z (B, C, H, W) clean latents, y (B,), sigma_hi and sigma_lo (B,), eps as z, for both levels.
+    reconstruct: Eq. 2 on the "low" noise level, as Sphere Encoder has it, or "both" (their mean).
     eps_again: noise for Eq. 4, which is left out without it.
     """
     v = spherify(z)
-    noisy = torch.cat([add_noise(v, sigma_hi, eps), add_noise(v, sigma_lo, eps)])          # Eq. 1
-    z_hi, z_lo = denoiser(noisy, torch.cat([y, y])).chunk(2)                               # one call for both levels
-    losses = {"reconstruction": reconstruction_loss(z_lo, z), "consistency": consistency_loss(z_hi, z_lo)}
+    noisy = torch.cat([add_noise(v, sigma_hi, eps), add_noise(v, sigma_lo, eps)])       # Eq. 1
+    z_hi, z_lo = denoiser(noisy, torch.cat([y, y])).chunk(2)  # one call for both levels
+    losses = {"reconstruction": reconstruction_loss(z_lo, z),
+              "consistency": consistency_loss(z_hi, z_lo)}
     if reconstruct == "both":
         losses["reconstruction"] = (losses["reconstruction"] + reconstruction_loss(z_hi, z)) / 2
     if eps_again is not None:
-        losses["latent_consistency"] = latent_consistency_loss(denoiser, z_hi, sigma_hi, eps_again, y)
+        losses["latent_consistency"] = latent_consistency_loss(denoiser, z_hi, sigma_hi,
+                                                               eps_again, y)
     return losses, (z_hi, z_lo)
 
 
-# ---- Sampling (Algorithm 1) -----------------------------------------------------------------------------------------
+# ---- Sampling (Algorithm 1) ----------------------------------------------------------------------
 
 @torch.no_grad()
-def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85.0, noise="fresh", generator=None,
-           sigma=None, null_class=None, trajectory=None):
-    """Algorithm 1 -> z_hat of the last step as predicted (not projected), ready for the decoder. shape (B, C, H, W).
+def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85.0, noise="fresh",
+           generator=None, sigma=None, null_class=None, trajectory=None):
+    """Algorithm 1 -> z_hat of the last step as predicted (not projected), ready for the decoder.
 
-    denoiser(v, y): v (B, C, H, W), y (B,) on the device to work on. Called `steps` times, twice that with guidance.
-    cfg_scale:  w of line 6; 1 is no guidance. Its null class is null_class, by default denoiser.num_classes.
-    gamma:      sigma_t = sigma_max * (1 - t / steps) ** gamma. The paper decays sigma; this form of gamma is ours.
-    noise:      "fresh" noise at every step, or the "same": the first draw, z of line 2, again and again.
-    sigma:      in place of tan(alpha_max_deg): a number, or one for each of the steps - 1 re-noisings.
-    generator:  one for the batch, or a list of one for each picture (then a picture does not depend on the batch).
+    denoiser(v, y): v (B, C, H, W) = shape, y (B,) on the device to work on. Called `steps` times,
+                twice that with guidance.
+    cfg_scale:  w of line 6; 1 is no guidance. null_class: by default denoiser.num_classes.
+    gamma:      sigma_t = sigma_max * (1 - t / steps) ** gamma. The paper decays sigma; this form of
+                gamma is ours.
+    noise:      "fresh" noise at every step, or the "same": the first draw, z of line 2, again.
+    sigma:      sigma_max in place of tan(alpha_max_deg), or a list, one sigma_t for each of the
+                steps - 1 re-noisings, in place of the decay.
+    generator:  one for the batch, or a list, one a picture: then it does not depend on the batch.
     trajectory: a list, to which every step's z_hat is appended.
     """
     if steps < 1:
@@ -151,20 +160,14 @@ def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85
     if isinstance(sigma, (int, float)):
         sigma = [sigma * (1 - t / steps) ** gamma for t in range(1, steps)]
     if len(sigma) != steps - 1:
-        raise ValueError(f"{steps} steps re-noise {steps - 1} times, but {len(sigma)} values of sigma were given")
+        raise ValueError(f"{steps} steps re-noise {steps - 1} times; sigma has {len(sigma)} values")
     if cfg_scale != 1:
         y_null = torch.full_like(y, denoiser.num_classes if null_class is None else null_class)
 
-    def draw():
-        if isinstance(generator, (list, tuple)):
-            return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator]).to(y.device)
-        device = generator.device if generator is not None else y.device
-        return torch.randn(shape, generator=generator, device=device).to(y.device)
-
-    z = eps = draw()                                                      # line 2
+    z = eps = draw_noise(shape, generator, y.device)          # line 2
     for t in range(1, steps + 1):
-        v = spherify(z)                                                   # line 5
-        z_hat = full_precision(denoiser(v, y))                            # line 6
+        v = spherify(z)                                       # line 5
+        z_hat = full_precision(denoiser(v, y))                # line 6
         if cfg_scale != 1:
             z_null = full_precision(denoiser(v, y_null))
             z_hat = z_null + cfg_scale * (z_hat - z_null)
@@ -172,6 +175,14 @@ def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85
             trajectory.append(z_hat)
         if t < steps:
             if noise == "fresh":
-                eps = draw()
-            z = spherify(z_hat) + sigma[t - 1] * eps                      # lines 7, 9, 10
+                eps = draw_noise(shape, generator, y.device)
+            z = spherify(z_hat) + sigma[t - 1] * eps          # lines 7, 9, 10
     return z_hat
+
+
+def draw_noise(shape, generator, device):
+    """N(0, I) of this shape from one generator, or from a list of one for each example."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([draw_noise(shape[1:], g, device) for g in generator])
+    draw_on = generator.device if generator is not None else device
+    return torch.randn(shape, generator=generator, device=draw_on).to(device)

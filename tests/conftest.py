@@ -45,7 +45,7 @@ def train_args(folder, *more):
     """Arguments of the smallest honest run: 2 x 2 tokens, float32, the CPU."""
     return ["--dataset", str(folder / "photos"), "--image-size", "32", "--batch-size", "8", "--device", "cpu",
             "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"), "--log-every", "2",
-            "--sample-every", "1000", "--save-every", "1000", *more]
+            "--sample-every", "1000", "--save-every", "1000", "--report", "0", *more]
 
 
 @pytest.fixture

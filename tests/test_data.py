@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (ToyFlowers, UsageError, UserError, adm_crop, global_batch, keyed_generator, load_dataset,
-                  read_picture, user_errors, write_whole)
+from common import UserError, global_batch, keyed_generator, user_errors, write_whole
+from data import adm_crop, load_dataset, picture_files, read_picture
+from laptop.toy import ToyFlowers
 
 
 def test_every_epoch_is_a_permutation():
@@ -82,11 +83,11 @@ def test_folder_reads_every_kind_of_picture(tmp_path):
 
 
 def test_folder_refuses(tmp_path):
-    def refused(message, *args, kind=UserError):
-        with pytest.raises(kind, match=message):
+    def refused(message, *args):
+        with pytest.raises(UserError, match=message):
             load_dataset(*args).load([0])
 
-    refused("no data set is called 'nosuch'", "nosuch", 32, kind=UsageError)
+    refused("--dataset: no data set is called 'nosuch'", "nosuch", 32)
     refused("does not exist", str(tmp_path / "missing"), 32)
     refused("has no class folders", str(tmp_path), 32)
     (tmp_path / "rose").mkdir()
@@ -100,7 +101,7 @@ def test_folder_refuses(tmp_path):
     Image.new("RGB", (64, 8)).save(tmp_path / "rose" / "1.jpg")
     refused("1.jpg is 64 x 8, smaller than", str(tmp_path), 32, 16)
     refused("is a file", str(tmp_path / "rose" / "1.jpg"), 32)
-    refused("only flowers has splits", "toy", 32, 1, "datasets", "test", kind=UsageError)
+    refused("--split test: only flowers has splits", "toy", 32, 1, "datasets", "test")
     (tmp_path / "rose" / "1.jpg").unlink()
     (tmp_path / "rose" / "1.jpg").symlink_to("nowhere.jpg")
     refused("1.jpg is missing", str(tmp_path), 32)
@@ -117,6 +118,33 @@ def test_what_is_transparent_becomes_white(tmp_path):
     Image.fromarray(np.array([[100, 1_000_000]], np.int32)).save(tmp_path / "c.tif")
     with pytest.raises(UserError, match="c.tif .*more than 16 bits"):
         read_picture(tmp_path / "c.tif")
+
+
+def test_two_ways_to_read_a_picture(tmp_path):
+    """As training reads it: upright, on white; as pytorch-fid does: PIL's convert and no more."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                       # to be turned by 90 degrees
+    pixels = np.zeros((2, 3, 4), np.uint8)
+    pixels[0] = (200, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert read_picture(tmp_path / "a.png").size == (2, 3)
+    plain = read_picture(tmp_path / "a.png", as_pytorch_fid=True)
+    assert plain.size == (3, 2) and np.array_equal(np.asarray(plain), pixels[..., :3])
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    for as_pytorch_fid in (False, True):
+        with pytest.raises(UserError, match="b.png cannot be read as a picture"):
+            read_picture(tmp_path / "b.png", as_pytorch_fid)
+
+
+def test_picture_files(tmp_path):
+    """The same walk for training and scoring: hidden files are left out, a loop of links ends."""
+    (tmp_path / "deep" / ".hidden").mkdir(parents=True)
+    for name in ("b.PNG", "a.jpg", "deep/c.webp", "deep/.hidden/d.png", ".e.png", "notes.txt", "f"):
+        (tmp_path / name).touch()
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)
+    found, others = picture_files(tmp_path)
+    assert found == [str(tmp_path / name) for name in ("a.jpg", "b.PNG", "deep/c.webp")]
+    assert others == 2
 
 
 # Pixels (S // 2, S // 3) and the last one, and the mean, of what ADM's own center_crop_arr makes of the pictures below.
@@ -165,14 +193,15 @@ def test_write_whole_keeps_what_was_there(tmp_path):
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
 
 
-def test_user_errors_are_one_line(capsys):
+@pytest.mark.parametrize("message,status", [("this is wrong, do that", 1), ("--flag: do that", 2)])
+def test_user_errors_are_one_line(message, status, capsys):
     @user_errors
     def main(argv=None):
-        raise UsageError("this is wrong, do that")
+        raise UserError(message)
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith("error: this is wrong, do that\n")
+    assert stop.value.code == status
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
 
 
 def test_ctrl_c_is_one_line(capsys):

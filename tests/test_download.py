@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import data
-from data import UserError, download, load_dataset, unpack
+from common import UserError, file_hash
+from data import download, load_dataset, unpack
 
 BYTES = np.random.default_rng(0).bytes(100_000)
 PINS = {"size": len(BYTES), "sha256": hashlib.sha256(BYTES).hexdigest(), "md5": hashlib.md5(BYTES).hexdigest()}
@@ -34,7 +35,7 @@ def test_a_download_is_verified_and_not_repeated(url, server, tmp_path):
 @pytest.mark.parametrize("resumes", [True, False])
 def test_a_broken_download_goes_on(url, server, tmp_path, resumes):
     path, server.break_after = tmp_path / "file.bin", 30_000
-    with pytest.raises(UserError, match=r"broke off at 0.0 of 0.1 MB: the same command goes on"):
+    with pytest.raises(UserError, match=r"broke off at 0.0 of 0.1 MB: the same command resumes it"):
         download(url, path, **PINS)
     assert not path.exists() and (tmp_path / "file.bin.part").stat().st_size == 30_000
     server.break_after, server.resumes = None, resumes
@@ -158,7 +159,7 @@ def flowers_stand_in(folder, n=24):
     ids = np.arange(n, 0, -1)[None]
     rest = [*range(4), *range(16, n)]
     scipy.io.savemat(folder / "setid.mat", {"trnid": ids[:, 8:16], "valid": ids[:, 4:8], "tstid": ids[:, rest]})
-    return {p.name: {"md5": data.file_hash(p, "md5")} for p in folder.iterdir()}
+    return {p.name: {"md5": file_hash(p, "md5")} for p in folder.iterdir()}
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_animal_faces(server, tmp_path, monkeypatch):
              for i in range(2)}
     path = archive(server.folder / "afhq.zip", faces)
     monkeypatch.setattr(data, "AFHQ_URL", server.url + "/afhq.zip")
-    monkeypatch.setattr(data, "AFHQ_FILE", {"size": path.stat().st_size, "sha256": data.file_hash(path)})
+    monkeypatch.setattr(data, "AFHQ_FILE", {"size": path.stat().st_size, "sha256": file_hash(path)})
     found = load_dataset("animal-faces", 16, root=tmp_path / "datasets")
     assert found.classes == ["cat", "dog", "wild"] and found.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert found.name == "animal-faces" and found.recipe["crop"] == "centre_crop" and len(found.load(range(6))) == 6

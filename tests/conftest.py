@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 
 def make_photos(folder, classes=("left", "right", "top"), each=12, size=(40, 34)):
-    """Class folders of small pictures: a bright patch at a place that the class decides, on a gradient of colours."""
+    """Class folders of small pictures: a bright patch at a place that the class decides, on a
+    gradient of colours."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
@@ -43,14 +44,17 @@ def trained(tmp_path_factory):
 
 def train_args(folder, *more):
     """Arguments of the smallest honest run: 2 x 2 tokens, float32, the CPU."""
-    return ["--dataset", str(folder / "photos"), "--image-size", "32", "--batch-size", "8", "--device", "cpu",
-            "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"), "--log-every", "2",
+    return ["--dataset", str(folder / "photos"), "--image-size", "32", "--batch-size", "8",
+            "--device", "cpu",
+            "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"),
+            "--log-every", "2",
             "--sample-every", "1000", "--save-every", "1000", "--report", "0", *more]
 
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server on this machine for the files in server.folder. server.ranges collects the Range headers that came;
+    """A web server on this machine for the files in server.folder. server.ranges collects the
+    Range headers that came;
     server.break_after: bytes after which it hangs up; server.resumes: whether it knows Range at all."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -63,7 +67,8 @@ def server(tmp_path):
                 return self.send_error(416)
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(data) - start))
-            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')              # these two as the Hub does
+            # these two as the Hub does
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
             self.send_header("X-Repo-Commit", self.path.partition("/resolve/")[2].partition("/")[0])
             self.end_headers()
             if self.command == "GET":

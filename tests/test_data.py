@@ -10,19 +10,23 @@ from laptop.toy import ToyFlowers
 
 def test_every_epoch_is_a_permutation():
     n, batch = 10, 4
-    row = np.concatenate([global_batch(n, batch, step, seed=3) for step in range(10)])       # 40 = 4 epochs
+    # 40 = 4 epochs
+    row = np.concatenate([global_batch(n, batch, step, seed=3) for step in range(10)])
     epochs = row.reshape(4, n)
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert np.array_equal(row[28:32], global_batch(n, batch, 7, seed=3))                     # alone, and across a boundary
+    # alone, and across a boundary
+    assert np.array_equal(row[28:32], global_batch(n, batch, 7, seed=3))
     assert not np.array_equal(row[:4], global_batch(n, batch, 0, seed=4))
-    assert sorted(global_batch(3, 6, 0, seed=0)) == [0, 0, 1, 1, 2, 2]                       # fewer pictures than a batch
+    # fewer pictures than a batch
+    assert sorted(global_batch(3, 6, 0, seed=0)) == [0, 0, 1, 1, 2, 2]
 
 
 def test_keyed_generators():
     def draw(*key):
         return torch.rand(3, generator=keyed_generator(*key)).tolist()
-    keys = [("eps", 0, 1, 2), ("eps", 0, 2, 1), ("eps", 0, 12), ("sample", 0, 1, 2), ("eps", 0, 1, 2, 0)]
+    keys = [("eps", 0, 1, 2), ("eps", 0, 2, 1), ("eps", 0, 12), ("sample", 0, 1, 2),
+            ("eps", 0, 1, 2, 0)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
     assert draw(*keys[0]) == draw(*keys[0])
 
@@ -53,8 +57,9 @@ def test_folder(photos):
     assert torch.bincount(found.labels).tolist() == [12, 12, 12]
     pictures = found.load([0, 13, 25])
     assert pictures.shape == (3, 3, 32, 32) and pictures.dtype == torch.uint8
-    with Image.open(photos / "left" / "0.png") as picture:                 # 40 x 34: the middle 34 columns
-        expected = np.asarray(picture.crop((3, 0, 37, 34)).resize((32, 32), Image.Resampling.BICUBIC))
+    with Image.open(photos / "left" / "0.png") as picture:          # 40 x 34: the middle 34 columns
+        expected = np.asarray(picture.crop((3, 0, 37, 34)).resize((32, 32),
+                                                                  Image.Resampling.BICUBIC))
     assert np.array_equal(pictures[0].permute(1, 2, 0).numpy(), expected)
     (photos / "left" / "notes.txt").write_text("not a picture")
     (photos / "left" / ".hidden.png").write_text("nor this")
@@ -73,7 +78,7 @@ def test_folder_reads_every_kind_of_picture(tmp_path):
     grey.convert("RGBA").save(folder / "d.png")
     Image.fromarray(np.full((20, 20), 100 * 257, np.uint16)).save(folder / "e.png")
     exif = Image.Exif()
-    exif[0x0112] = 6                                                       # to be turned by 90 degrees
+    exif[0x0112] = 6                                                    # to be turned by 90 degrees
     half = np.zeros((20, 20, 3), np.uint8)
     half[:10] = 200
     Image.fromarray(half).save(folder / "f.png", exif=exif)
@@ -110,7 +115,8 @@ def test_folder_refuses(tmp_path):
 def test_what_is_transparent_becomes_white(tmp_path):
     clear = Image.fromarray(np.array([[[200, 0, 0, 255], [0, 0, 0, 0], [0, 0, 0, 128]]], np.uint8))
     clear.save(tmp_path / "a.png")
-    assert np.asarray(read_picture(tmp_path / "a.png")).tolist() == [[[200, 0, 0], [255] * 3, [127] * 3]]
+    assert np.asarray(read_picture(tmp_path / "a.png")).tolist() == [[[200, 0, 0], [255] * 3,
+                                                                      [127] * 3]]
     palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     palette.putpalette([200, 0, 0, 0, 0, 0])
     palette.save(tmp_path / "b.png", transparency=1)
@@ -123,7 +129,7 @@ def test_what_is_transparent_becomes_white(tmp_path):
 def test_two_ways_to_read_a_picture(tmp_path):
     """As training reads it: upright, on white; as pytorch-fid does: PIL's convert and no more."""
     exif = Image.Exif()
-    exif[0x0112] = 6                                                       # to be turned by 90 degrees
+    exif[0x0112] = 6                                                    # to be turned by 90 degrees
     pixels = np.zeros((2, 3, 4), np.uint8)
     pixels[0] = (200, 0, 0, 255)
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
@@ -147,7 +153,8 @@ def test_picture_files(tmp_path):
     assert others == 2
 
 
-# Pixels (S // 2, S // 3) and the last one, and the mean, of what ADM's own center_crop_arr makes of the pictures below.
+# Pixels (S // 2, S // 3) and the last one, and the mean, of what ADM's own center_crop_arr makes
+# of the pictures below.
 @pytest.mark.parametrize("W,H,S,pixel,last,mean", [
     (500, 375, 64, [100, 146, 63], [37, 125, 202], 127.933837890625),      # halved twice
     (130, 257, 64, [180, 173, 41], [198, 200, 129], 126.75341796875),      # once, odd sides
@@ -157,7 +164,8 @@ def test_picture_files(tmp_path):
 ])
 def test_imagenet_is_cropped_as_adm_does(W, H, S, pixel, last, mean):
     y, x = np.mgrid[:H, :W]
-    picture = np.stack([(x * 7 + y * 3) % 256, (x * y) // 11 % 256, (x - 2 * y) % 256], axis=-1).astype(np.uint8)
+    picture = np.stack([(x * 7 + y * 3) % 256, (x * y) // 11 % 256, (x - 2 * y) % 256],
+                       axis=-1).astype(np.uint8)
     cropped = np.asarray(adm_crop(Image.fromarray(picture), S))
     assert cropped[S // 2, S // 3].tolist() == pixel and cropped[-1, -1].tolist() == last
     assert cropped.mean() == pytest.approx(mean, abs=1e-3) and cropped.shape == (S, S, 3)
@@ -169,9 +177,11 @@ def test_skip_bad_leaves_out_and_counts(photos, tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(photos / "top" / "5.png")
     found = load_dataset(str(photos), 32, 16, root, skip_bad=True)
     assert "2 of 36 pictures of photos are left out, left/3.png first" in capsys.readouterr().out
-    assert torch.bincount(found.labels).tolist() == [11, 12, 11] and len(found.load(range(34))) == 34
+    assert torch.bincount(found.labels).tolist() == [11, 12, 11]
+    assert len(found.load(range(34))) == 34
     assert found.recipe != every.recipe
-    (photos / "left" / "3.png").write_bytes(b"NO PICTURE")                 # the same size: the list is not made again
+    # the same size: the list is not made again
+    (photos / "left" / "3.png").write_bytes(b"NO PICTURE")
     assert load_dataset(str(photos), 32, 16, root, skip_bad=True).recipe == found.recipe
     for file in (photos / "left").iterdir():
         file.write_bytes(b"nor this")

@@ -15,7 +15,8 @@ from common import UserError, file_hash
 from data import download, load_dataset, unpack
 
 BYTES = np.random.default_rng(0).bytes(100_000)
-PINS = {"size": len(BYTES), "sha256": hashlib.sha256(BYTES).hexdigest(), "md5": hashlib.md5(BYTES).hexdigest()}
+PINS = {"size": len(BYTES), "sha256": hashlib.sha256(BYTES).hexdigest(),
+        "md5": hashlib.md5(BYTES).hexdigest()}
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def test_what_is_left_of_another_file_is_not_gone_on_with(url, tmp_path):
 def test_a_whole_part_is_only_renamed(url, server, tmp_path):
     """The process was killed between the last byte and the new name."""
     (tmp_path / "file.bin.part").write_bytes(BYTES)
-    assert download(url, tmp_path / "file.bin", **PINS).read_bytes() == BYTES and server.ranges == []
+    assert download(url, tmp_path / "file.bin", **PINS).read_bytes() == BYTES
+    assert server.ranges == []
 
 
 @pytest.mark.parametrize("pins,message", [
@@ -67,7 +69,7 @@ def test_another_file_than_expected_is_refused(url, tmp_path, pins, message):
     with pytest.raises(UserError, match=message):
         download(url, tmp_path / "file.bin", **pins)
     assert [p.name for p in tmp_path.iterdir()] == ["web"]
-    (tmp_path / "file.bin").write_bytes(BYTES)                             # by hand: refused, but not removed
+    (tmp_path / "file.bin").write_bytes(BYTES)                   # by hand: refused, but not removed
     with pytest.raises(UserError, match=message):
         download(url, tmp_path / "file.bin", **pins)
     assert (tmp_path / "file.bin").read_bytes() == BYTES
@@ -76,7 +78,8 @@ def test_another_file_than_expected_is_refused(url, tmp_path, pins, message):
 def test_no_network_no_file_no_room(url, server, tmp_path, monkeypatch):
     path = tmp_path / "file.bin"
     for bad in ("http://127.0.0.1:9/file.bin", f"file://{tmp_path}/missing"):
-        with pytest.raises(UserError, match=f"{bad} cannot be fetched .*put the file at {path} by hand"):
+        with pytest.raises(UserError,
+                           match=f"{bad} cannot be fetched .*put the file at {path} by hand"):
             download(bad, path)
     with pytest.raises(UserError, match="404"):
         download(server.url + "/nothing", path)
@@ -109,7 +112,8 @@ def archive(path, members):
 def test_unpack(tmp_path, kind):
     members = {"jpg/1.jpg": b"one", "jpg/deep/2.jpg": b"two", "other/3": b"three"}
     unpack(archive(tmp_path / f"a.{kind}", members), tmp_path, "jpg")
-    assert (tmp_path / "jpg" / "1.jpg").read_bytes() == b"one" and (tmp_path / "jpg" / "deep" / "2.jpg").exists()
+    assert (tmp_path / "jpg" / "1.jpg").read_bytes() == b"one"
+    assert (tmp_path / "jpg" / "deep" / "2.jpg").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"a.{kind}", "jpg"]
 
 
@@ -125,13 +129,15 @@ def test_archives_that_are_not_trusted(tmp_path, kind, members):
     folder.mkdir()
     with pytest.raises(UserError, match=f"a.{kind} (cannot be unpacked|has no folder jpg)"):
         unpack(archive(folder / f"a.{kind}", members), folder, "jpg")
-    assert [p.name for p in folder.iterdir()] == [f"a.{kind}"] and [p.name for p in tmp_path.iterdir()] == ["inside"]
+    assert [p.name for p in folder.iterdir()] == [f"a.{kind}"]
+    assert [p.name for p in tmp_path.iterdir()] == ["inside"]
 
 
 def test_names_in_a_zip_stay_inside(tmp_path):
     folder = tmp_path / "inside"
     folder.mkdir()
-    unpack(archive(folder / "a.zip", {"jpg/1.jpg": b"one", "../../evil": b"x", "/abs": b"x"}), folder, "jpg")
+    unpack(archive(folder / "a.zip", {"jpg/1.jpg": b"one", "../../evil": b"x", "/abs": b"x"}),
+           folder, "jpg")
     assert sorted(p.name for p in folder.iterdir()) == ["a.zip", "jpg"]
     assert [p.name for p in tmp_path.iterdir()] == ["inside"]
 
@@ -152,13 +158,16 @@ def jpeg(value, size=(40, 30)):
 
 
 def flowers_stand_in(folder, n=24):
-    """Files of Oxford-Flowers' names and layout, labels of 1 to 4 and three splits; returns their pins."""
+    """Files of Oxford-Flowers' names and layout, labels of 1 to 4 and three splits; returns
+    their pins."""
     folder.mkdir(parents=True, exist_ok=True)
-    archive(folder / "102flowers.tgz", {f"jpg/image_{i:05d}.jpg": jpeg(10 * i) for i in range(1, n + 1)})
+    archive(folder / "102flowers.tgz",
+            {f"jpg/image_{i:05d}.jpg": jpeg(10 * i) for i in range(1, n + 1)})
     scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.arange(n)[None] % 4 + 1})
     ids = np.arange(n, 0, -1)[None]
     rest = [*range(4), *range(16, n)]
-    scipy.io.savemat(folder / "setid.mat", {"trnid": ids[:, 8:16], "valid": ids[:, 4:8], "tstid": ids[:, rest]})
+    scipy.io.savemat(folder / "setid.mat",
+                     {"trnid": ids[:, 8:16], "valid": ids[:, 4:8], "tstid": ids[:, rest]})
     return {p.name: {"md5": file_hash(p, "md5")} for p in folder.iterdir()}
 
 
@@ -171,7 +180,8 @@ def flowers(server, monkeypatch):
 
 
 def test_flowers(flowers, tmp_path, monkeypatch):
-    """Fetched once; labels from 0; the splits are parts of the whole; half an unpacking is not taken for one."""
+    """Fetched once; labels from 0; the splits are parts of the whole; half an unpacking is not
+    taken for one."""
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
     root = tmp_path / "datasets"
@@ -181,11 +191,13 @@ def test_flowers(flowers, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             load_dataset("flowers", 16, root=root)
     found = load_dataset("flowers", 16, root=root)
-    assert len(flowers.ranges) == 3 and found.name == "flowers" and found.classes[1] == "hard-leaved pocket orchid"
+    assert len(flowers.ranges) == 3 and found.name == "flowers"
+    assert found.classes[1] == "hard-leaved pocket orchid"
     assert found.labels.tolist() == [i % 4 for i in range(24)]
     colours = found.load(range(24))[:, 0].float().mean((1, 2))
     assert torch.allclose(colours, 10.0 * torch.arange(1, 25), atol=4)
-    parts = {split: load_dataset("flowers", 16, root=root, split=split) for split in ("train", "val", "test")}
+    parts = {split: load_dataset("flowers", 16, root=root, split=split)
+             for split in ("train", "val", "test")}
     assert [len(part.labels) for part in parts.values()] == [8, 4, 12]
     assert sorted(file for part in parts.values() for file in part.files) == found.files
     for part in parts.values():
@@ -196,15 +208,17 @@ def test_flowers(flowers, tmp_path, monkeypatch):
 
 
 def test_animal_faces(server, tmp_path, monkeypatch):
-    faces = {f"afhq/{split}/{kind}/{i}.jpg": jpeg(100) for split in ("train", "val") for kind in ("wild", "cat", "dog")
+    faces = {f"afhq/{split}/{kind}/{i}.jpg": jpeg(100) for split in ("train", "val")
+             for kind in ("wild", "cat", "dog")
              for i in range(2)}
     path = archive(server.folder / "afhq.zip", faces)
     monkeypatch.setattr(data, "AFHQ_URL", server.url + "/afhq.zip")
     monkeypatch.setattr(data, "AFHQ_FILE", {"size": path.stat().st_size, "sha256": file_hash(path)})
     found = load_dataset("animal-faces", 16, root=tmp_path / "datasets")
     assert found.classes == ["cat", "dog", "wild"] and found.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert found.name == "animal-faces" and found.recipe["crop"] == "centre_crop" and len(found.load(range(6))) == 6
-    path.write_bytes(BYTES)                                                # Dropbox may send something else
+    assert found.name == "animal-faces" and found.recipe["crop"] == "centre_crop"
+    assert len(found.load(range(6))) == 6
+    path.write_bytes(BYTES)                                        # Dropbox may send something else
     with pytest.raises(UserError, match="afhq.zip.part has .* expected"):
         load_dataset("animal-faces", 16, root=tmp_path / "others")
 

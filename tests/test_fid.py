@@ -27,7 +27,7 @@ from laptop.toy import ToyFlowers
 GOLDEN = Path(__file__).parent / "golden"
 
 
-# ---- InceptionV3, against features that pytorch-fid 0.3.0 and torch-fidelity 0.4.0 gave ------------------------------
+# ---- InceptionV3, against features that pytorch-fid 0.3.0 and torch-fidelity 0.4.0 gave ----------
 
 @pytest.fixture(scope="session")
 def random_weights():
@@ -68,7 +68,8 @@ def golden_images(seed, height, width):
     """Two pictures of noise and two of coarse blocks, uint8 (4, 3, height, width)."""
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8, generator=g)
-    blocks = torch.randint(0, 256, (4, 3, -(-height // 8), -(-width // 8)), dtype=torch.uint8, generator=g)
+    blocks = torch.randint(0, 256, (4, 3, -(-height // 8), -(-width // 8)), dtype=torch.uint8,
+                           generator=g)
     images[2:] = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)[2:, :, :height, :width]
     return images
 
@@ -101,25 +102,29 @@ def test_folded_network_and_mixed_sizes(nets, weights_file):
 
 
 def test_inception_refuses(nets, random_weights, tmp_path):
-    without = {key: value for key, value in random_weights.items() if not key.endswith("num_batches_tracked")}
+    without = {key: value for key, value in random_weights.items()
+               if not key.endswith("num_batches_tracked")}
     net = InceptionV3()
     net.load_state_dict(without)
     assert torch.equal(net.fc.weight, random_weights["fc.weight"])
-    for wrong in ({**without, "extra": torch.zeros(1)}, {**without, "fc.weight": torch.zeros(1000, 2048)},
+    for wrong in ({**without, "extra": torch.zeros(1)},
+                  {**without, "fc.weight": torch.zeros(1000, 2048)},
                   {key: value for key, value in without.items() if key != "fc.bias"}):
         with pytest.raises(RuntimeError):
             net.load_state_dict(wrong)
-    for wrong in (torch.full((1, 3, 9, 9), 255.0), torch.full((1, 3, 9, 9), np.nan), torch.full((1, 3, 9, 9), 200)):
+    for wrong in (torch.full((1, 3, 9, 9), 255.0), torch.full((1, 3, 9, 9), np.nan),
+                  torch.full((1, 3, 9, 9), 200)):
         with pytest.raises(ValueError, match="uint8, or floats"):
             net(wrong)
     with pytest.raises(ValueError, match="pipeline"):
         InceptionV3("jax")
 
 
-# ---- Statistics and distances ---------------------------------------------------------------------------------------
+# ---- Statistics and distances --------------------------------------------------------------------
 
 def test_statistics_equal_numpy_in_one_pass_and_merged():
-    x = np.random.default_rng(0).standard_normal((500, 40)) * np.logspace(0, -3, 40) + 100       # a mean far from zero
+    # a mean far from zero
+    x = np.random.default_rng(0).standard_normal((500, 40)) * np.logspace(0, -3, 40) + 100
     one, parts = Statistics(40), [Statistics(40) for _ in range(3)]
     for i, batch in enumerate(np.array_split(x, 17)):
         one.update(torch.from_numpy(batch))
@@ -131,12 +136,14 @@ def test_statistics_equal_numpy_in_one_pass_and_merged():
         assert found.n == 500
         assert np.abs(found.mean / x.mean(0) - 1).max() < 1e-12
         scale = np.sqrt(np.outer(x.var(0), x.var(0)))
-        assert np.abs((found.cov - np.cov(x, rowvar=False)) / scale).max() < 1e-9                # 100 eats 5 digits
-    y = np.maximum(np.random.default_rng(1).standard_normal((500, 40)), 0)                       # as features are
+        # 100 eats 5 digits
+        assert np.abs((found.cov - np.cov(x, rowvar=False)) / scale).max() < 1e-9
+    y = np.maximum(np.random.default_rng(1).standard_normal((500, 40)), 0)         # as features are
     one = Statistics(40)
     for batch in np.array_split(y, 17):
         one.update(batch)
-    assert np.abs(one.mean - y.mean(0)).max() < 1e-12 and np.abs(one.cov - np.cov(y, rowvar=False)).max() < 1e-12
+    assert np.abs(one.mean - y.mean(0)).max() < 1e-12
+    assert np.abs(one.cov - np.cov(y, rowvar=False)).max() < 1e-12
 
 
 def test_statistics_of_few_pictures():
@@ -156,8 +163,10 @@ def test_statistics_of_few_pictures():
         Statistics(3).cov
 
 
-# Two sets of features a case: (seed, n, kind) each, dimension d, and the distance that pytorch-fid 0.3.0's statistics
-# have by the nuclear norm of the features (right to 1e-13; pytorch-fid itself is off by up to 5e-6 where n < d).
+# Two sets of features a case: (seed, n, kind) each, dimension d, and the distance that
+# pytorch-fid 0.3.0's statistics
+# have by the nuclear norm of the features (right to 1e-13; pytorch-fid itself is off by up to
+# 5e-6 where n < d).
 CASES = [
     (8, (11, 200, "mix"), (12, 300, "mix"), 3.2220057196659404),
     (8, (13, 5, "mix"), (14, 6, "mix"), 4.580593516777593),
@@ -189,40 +198,48 @@ def features(d, seed, n, kind):
 
 @pytest.mark.parametrize("d,set1,set2,truth", CASES)
 def test_frechet_distance(d, set1, set2, truth):
-    statistics = [s for x in (features(d, *set1), features(d, *set2)) for s in (x.mean(0), np.cov(x, rowvar=False))]
+    statistics = [s for x in (features(d, *set1), features(d, *set2))
+                  for s in (x.mean(0), np.cov(x, rowvar=False))]
     found = frechet_distance(*statistics)
     assert abs(found - truth) <= 1e-9 * (np.trace(statistics[1]) + np.trace(statistics[3]) + truth)
-    assert frechet_distance(*statistics[2:], *statistics[:2]) == pytest.approx(found, rel=1e-8, abs=1e-8)
+    assert frechet_distance(*statistics[2:], *statistics[:2]) == pytest.approx(found, rel=1e-8,
+                                                                               abs=1e-8)
 
 
 def test_frechet_distance_refuses():
     m, s = np.zeros(3), np.eye(3)
-    for wrong, word in (((m, s, np.zeros(4), np.eye(4)), "shapes"), ((m, s, m, np.eye(4)), "shapes"),
+    for wrong, word in (((m, s, np.zeros(4), np.eye(4)), "shapes"),
+                        ((m, s, m, np.eye(4)), "shapes"),
                         ((m * np.nan, s, m, s), "mu1 has values that are not finite"),
                         ((m, s, m, np.triu(s + 1)), "sigma2 is not symmetric"),
                         ((m, s - 2 * np.diag([1, 0, 0]), m, s), "sigma1 is not a covariance"),
-                        ((m, s, m, np.array([[1, 2, 0], [2, 1, 0], [0, 0, 1]])), "sigma2 is not a covariance")):
+                        ((m, s, m, np.array([[1, 2, 0], [2, 1, 0], [0, 0, 1]])),
+                         "sigma2 is not a covariance")):
         with pytest.raises(ValueError, match=word):
             frechet_distance(*wrong)
     assert frechet_distance(m, 0 * s, m + 1, s) == pytest.approx(6)
 
 
 def test_inception_score_precision_recall_cmmd():
-    """Values of ADM's evaluator and torch-fidelity 0.4.0 (with its shuffle), and of the CMMD formula in float64."""
+    """Values of ADM's evaluator and torch-fidelity 0.4.0 (with its shuffle), and of the CMMD
+    formula in float64."""
     logits = np.random.default_rng(71).standard_normal((1200, 1008)) * 2
     assert inception_score(logits)[0] == pytest.approx(6.550907453597962, rel=1e-12)
-    assert inception_score(logits, 10) == pytest.approx((6.04460323872027, 0.09453935348618719), rel=1e-9)
+    assert inception_score(logits, 10) == pytest.approx((6.04460323872027, 0.09453935348618719),
+                                                        rel=1e-9)
     r = np.random.default_rng(72)
     reference, generated = r.standard_normal((600, 64)), 0.9 * r.standard_normal((500, 64)) + 0.05
-    assert precision_recall(generated, reference) == pytest.approx((0.916, 0.29333333333333333), rel=1e-12)
+    assert precision_recall(generated, reference) == pytest.approx((0.916, 0.29333333333333333),
+                                                                   rel=1e-12)
     assert precision_recall(reference, reference) == (1, 1)
     r = np.random.default_rng(73)
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True)
             for x in (r.standard_normal((400, 768)), r.standard_normal((300, 768)) + 0.1))
-    assert cmmd(a, b) == pytest.approx(0.1425987953278529, rel=1e-9) and cmmd(a, a) == pytest.approx(0, abs=1e-10)
+    assert cmmd(a, b) == pytest.approx(0.1425987953278529, rel=1e-9)
+    assert cmmd(a, a) == pytest.approx(0, abs=1e-10)
 
 
-# ---- The quality report of a run, and the feature spaces of small networks ---------------------------
+# ---- The quality report of a run, and the feature spaces of small networks -----------------------
 
 def test_diversity_closed_form():
     images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
@@ -241,12 +258,15 @@ def test_shares_are_balanced_and_in_order():
 
 
 def test_toy_networks_order_pictures():
-    """Held-out pictures are near the training pictures, class means far, noise farther, in both spaces."""
+    """Held-out pictures are near the training pictures, class means far, noise farther, in both
+    spaces."""
     train, test = ToyFlowers(32), ToyFlowers(32, "test")
     images, labels = train.load(range(1500)), train.labels[:1500]
     held_out, test_labels = test.load(range(300)), test.labels[:300]
-    means = torch.stack([images[labels == c].float().mean(0) for c in range(10)]).round().to(torch.uint8)
-    noise = torch.randint(256, held_out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    means = torch.stack([images[labels == c].float().mean(0)
+                         for c in range(10)]).round().to(torch.uint8)
+    noise = torch.randint(256, held_out.shape, generator=torch.Generator().manual_seed(0),
+                          dtype=torch.uint8)
     networks, again = (toy.networks(images, labels, steps=200) for _ in range(2))
     for name, network in networks.items():
         space = Features(name, network)
@@ -255,7 +275,7 @@ def test_toy_networks_order_pictures():
         real, mean, noisy = (frechet_of_features(reference, space.project(space.last(x)))
                              for x in (held_out, means[test_labels], noise))
         assert 0 < 8 * real < mean < noisy
-        assert torch.equal(again[name](held_out), network(held_out))       # the same features every time
+        assert torch.equal(again[name](held_out), network(held_out))  # the same features every time
         if name == "classifier":
             assert space.accuracy(space.project(space.last(held_out)), test_labels) > 0.95
     x = held_out.flatten(1).double()[:, :20]
@@ -275,29 +295,32 @@ def random_lite0(monkeypatch):
 def test_features(random_lite0):
     features = Features("lite0", lite0.networks()["lite0"])
     images = golden_images(0, 90, 60)
-    x = torch.nn.functional.interpolate(images.float(), (128, 128), mode="bicubic", antialias=True).clamp(0, 255)
+    x = torch.nn.functional.interpolate(images.float(), (128, 128), mode="bicubic",
+                                        antialias=True).clamp(0, 255)
     with torch.no_grad():
         expected = random_lite0.forward_features((x - 127) / 128).mean((2, 3))
     last = features.last([*images[:3], images[3][:, :, :50]])
     assert last.shape == (4, 1280) and last.dtype == torch.float64
     assert distance(last[:3], expected[:3]) < 1e-5 and distance(last[3], expected[3]) > 1e-3
 
-    r = np.random.default_rng(0)                                           # PCA, against numpy's SVD
+    r = np.random.default_rng(0)                                          # PCA, against numpy's SVD
     labels = torch.arange(200) % 4
-    last = torch.from_numpy(r.standard_normal((200, 1280)) * np.linspace(2, 0.1, 1280) + r.standard_normal(1280))
+    last = r.standard_normal((200, 1280)) * np.linspace(2, 0.1, 1280) + r.standard_normal(1280)
+    last = torch.from_numpy(last)
     last[:, :4] += 8 * torch.nn.functional.one_hot(labels)
     found = features.fit(last, labels).project(last)
     _, singular, V = np.linalg.svd(last.numpy() - last.numpy().mean(0), full_matrices=False)
     assert np.abs(np.abs(found.numpy()) - np.abs((last.numpy() - last.numpy().mean(0)) @ V[:64].T)).max() < 1e-9
     assert found.std(0).numpy() == pytest.approx(singular[:64] / 199 ** 0.5)
     assert features.accuracy(found, labels) == 1 and features.accuracy(found, (labels + 1) % 4) == 0
-    few = features.fit(last[:10]).project(last)                            # 9 directions, and no noise beyond them
+    few = features.fit(last[:10]).project(last)             # 9 directions, and no noise beyond them
     assert (few[:, :9].abs().sum(0) > 0).all() and (few[:, 9:] == 0).all()
 
 
 def test_quality_report_rows(monkeypatch):
-    """Features that are the pixels, latents that are the pictures: what each row has to be is known."""
-    class Lines:                                                           # a class is a colour; slopes vary
+    """Features that are the pixels, latents that are the pictures: what each row has to be is
+    known."""
+    class Lines:                                                  # a class is a colour; slopes vary
         name, classes = "lines", ["red", "green", "blue"]
 
         def __init__(self, n, seed):
@@ -310,7 +333,7 @@ def test_quality_report_rows(monkeypatch):
         def load(self, indices):
             return self.images[indices].round().to(torch.uint8)
 
-    class Pixels:                                                          # encodes 16 x 16, decodes to 8 x 8
+    class Pixels:                                                # encodes 16 x 16, decodes to 8 x 8
         image_size, device, decoded = 8, torch.device("cpu"), []
 
         def encode(self, images):
@@ -333,23 +356,27 @@ def test_quality_report_rows(monkeypatch):
                      "per-class Gaussian of latents", "1 step", "2 steps", "4 steps", "8 steps"]
     assert asked == [(list(range(600)), steps) for steps in (1, 2, 4, 8)]
     floor, rebuilt, mean, gaussian, *steps = (row["frechet_own"] for row in table)
-    assert rebuilt == pytest.approx(floor, rel=1e-2) and gaussian < floor < mean < min(steps)                 # the Gaussian has the very training latents
+    # the Gaussian has the very training latents
+    assert rebuilt == pytest.approx(floor, rel=1e-2) and gaussian < floor < mean < min(steps)
     assert table[0]["accuracy"] == table[2]["accuracy"] == 1 and table[4]["accuracy"] < 0.5
     assert table[2]["diversity"] == table[4]["diversity"] == 0 and table[0]["diversity"] > 5
-    z = torch.cat(pixels.decoded[2:12:3]).flatten(1)[:, ::97]              # the Gaussian's of the first class, 4 parts
+    # the Gaussian's of the first class, 4 parts
+    z = torch.cat(pixels.decoded[2:12:3]).flatten(1)[:, ::97]
     real = train_set.load(range(0, 60, 3)).flatten(1)[:, ::97].double().numpy()
     assert len(z) == 200 and distance(z.mean(0), real.mean(0)) < 0.02
     assert distance(np.cov(z.T.numpy()), np.cov(real.T)) < 0.25
 
     own = quality_report(train_set, None, pixels, sampler, "own", n=600)   # no held-out pictures
-    assert own[0]["pictures"] == "training (the floor)" and own[0]["frechet_own"] == pytest.approx(0, abs=1e-6)
+    assert own[0]["pictures"] == "training (the floor)"
+    assert own[0]["frechet_own"] == pytest.approx(0, abs=1e-6)
     few = Lines(4, 1)                                                      # red, green, blue, red
     for train_few, test_few in ((train_set, few), (few, test_set)):
-        with pytest.raises(UserError, match="lines has 1 of 4 pictures in the class green: .*two or more"):
+        with pytest.raises(UserError,
+                           match="lines has 1 of 4 pictures in the class green: .*two or more"):
             quality_report(train_few, test_few, pixels, sampler, "own")
 
 
-# ---- The command ----------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 def fail(argv, capsys):
     """Runs a command that has to fail -> exit status, the one line that it says."""
@@ -372,7 +399,8 @@ def save_npz(path, n=12, seed=0, size=(24, 20), **more):
 
 
 def test_folders_npz_and_statistics_give_one_number(nets, weights_file, tmp_path, capsys):
-    """A folder in a folder, mixed sizes, grey, other files; an npz of the same pictures; saved statistics."""
+    """A folder in a folder, mixed sizes, grey, other files; an npz of the same pictures; saved
+    statistics."""
     weights = ["--inception-weights", weights_file]
     pictures = save_npz(tmp_path / "b.npz", 5)
     for i, picture in enumerate(pictures):
@@ -384,9 +412,11 @@ def test_folders_npz_and_statistics_give_one_number(nets, weights_file, tmp_path
     (tmp_path / "a" / "notes.txt").write_text("not a picture, and not named like one")
 
     first = result([tmp_path / "a", tmp_path / "b", "--metrics", "fid,sfid,pr", *weights], capsys)
-    assert "FID" not in first["numbers"] and len(first["numbers"]) == 4    # the weights are not the official ones
+    # the weights are not the official ones
+    assert "FID" not in first["numbers"] and len(first["numbers"]) == 4
     name = "Frechet distance, 2048 pool features, unofficial weights"
-    a = [to_tensor(read_picture(f)) for f in sorted((tmp_path / "a").rglob("*")) if f.suffix in (".png", ".jpg")]
+    a = [to_tensor(read_picture(f)) for f in sorted((tmp_path / "a").rglob("*"))
+         if f.suffix in (".png", ".jpg")]
     b = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     x, y = nets["pytorch"].extract(a), nets["pytorch"].extract(b)
     expected = frechet_of_features(x["pool"].double(), y["pool"].double())
@@ -395,23 +425,27 @@ def test_folders_npz_and_statistics_give_one_number(nets, weights_file, tmp_path
     assert first["recipe"]["features"]["pipeline"] == "pytorch"
     assert "4 pictures for 2,048 features" in first["warnings"][0]
 
-    fid.main([str(tmp_path / "b.npz"), "--save-stats", str(tmp_path / "ref.npz"), *map(str, weights), "--device=cpu"])
+    fid.main([str(tmp_path / "b.npz"), "--save-stats", str(tmp_path / "ref.npz"),
+              *map(str, weights), "--device=cpu"])
     assert distance(np.load(tmp_path / "ref.npz")["mu"], y["pool"].double().mean(0)) < 1e-6
     capsys.readouterr()
     second = result([tmp_path / "a", tmp_path / "ref.npz", "--metrics", "sfid", *weights], capsys)
     for key, value in second["numbers"].items():
-        assert value == pytest.approx(first["numbers"][key], rel=1e-4)     # of other batches, float32
+        assert value == pytest.approx(first["numbers"][key], rel=1e-4)   # of other batches, float32
     same = result([tmp_path / "ref.npz", tmp_path / "ref.npz"], capsys)    # no network is needed
     assert same["numbers"] == {name: pytest.approx(0, abs=1e-9)}
 
     status, error = fail([tmp_path / "b", tmp_path / "ref.npz", "--pipeline", "tensorflow", *weights], capsys)
-    assert status == 1 and "ref.npz: the features have different pipeline, pytorch and tensorflow" in error
+    assert status == 1
+    assert "ref.npz: the features have different pipeline, pytorch and tensorflow" in error
     status, error = fail([tmp_path / "b", "--save-stats", tmp_path / "ref.npz", *weights], capsys)
     assert status == 1 and "ref.npz is there already" in error
 
 
-def test_official_weights_recipe_of_samples_and_a_references_pipeline(weights_file, tmp_path, monkeypatch, capsys):
-    """Where the weights have the expected sum the number is FID; samples.npz tells how it was made; ADM's keys."""
+def test_official_weights_recipe_of_samples_and_a_references_pipeline(weights_file, tmp_path,
+                                                                      monkeypatch, capsys):
+    """Where the weights have the expected sum the number is FID; samples.npz tells how it was
+    made; ADM's keys."""
     monkeypatch.setitem(fid.WEIGHTS, "sha256", common.file_hash(weights_file))
     monkeypatch.setitem(fid.WEIGHTS, "size", weights_file.stat().st_size)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -419,31 +453,37 @@ def test_official_weights_recipe_of_samples_and_a_references_pipeline(weights_fi
     (tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth").symlink_to(weights_file)
     run = tmp_path / "out" / "run"
     run.mkdir(parents=True)
-    recipe = {"checkpoint": str(run / "ckpt.pt"), "step": 7, "ema": "0.9995", "steps": 4, "cfg_scale": 1.6, "seed": 3}
+    recipe = {"checkpoint": str(run / "ckpt.pt"), "step": 7, "ema": "0.9995", "steps": 4,
+              "cfg_scale": 1.6, "seed": 3}
     save_npz(run / "samples.npz", 10, labels=np.arange(10) % 3, recipe=json.dumps(recipe))
     r = np.random.default_rng(0)
-    adm = {"mu": r.random(2048), "sigma": np.eye(2048), "mu_s": r.random(2023), "sigma_s": np.eye(2023)}
+    adm = {"mu": r.random(2048), "sigma": np.eye(2048), "mu_s": r.random(2023),
+           "sigma_s": np.eye(2023)}
     save_npz(tmp_path / "adm.npz", 4, seed=1, **adm)
 
     fid.main([str(run / "samples.npz"), str(tmp_path / "adm.npz"), "--device", "cpu"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("FID ", "step 7", "ema 0.9995", "cfg scale 1.6", "pipeline tensorflow", "classes 3", "3 to 4",
+    for words in ("FID ", "step 7", "ema 0.9995", "cfg scale 1.6", "pipeline tensorflow",
+                  "classes 3", "3 to 4",
                   "weights sha256 " + fid.WEIGHTS["sha256"][:16], "inception score, ADM's"):
         assert words in said
     line, = map(json.loads, (run / "fid.jsonl").read_text().splitlines())
     assert line["numbers"]["FID"] > 0 and line["recipe"]["A"]["made_by"] == recipe
     assert line["recipe"]["A"]["sha256"] == common.file_hash(run / "samples.npz")
-    result([run / "samples.npz", tmp_path / "adm.npz", "--metrics=fid", "--pipeline=pytorch"], capsys)
+    result([run / "samples.npz", tmp_path / "adm.npz", "--metrics=fid", "--pipeline=pytorch"],
+           capsys)
     first, second = map(json.loads, (run / "fid.jsonl").read_text().splitlines())
     assert "likely of the pipeline tensorflow, not pytorch" in second["warnings"][0]
-    assert second["recipe"]["features"]["pipeline"] == "pytorch" and first["numbers"]["FID"] != second["numbers"]["FID"]
+    assert second["recipe"]["features"]["pipeline"] == "pytorch"
+    assert first["numbers"]["FID"] != second["numbers"]["FID"]
 
 
 def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, capsys):
     loads = []
 
     class Flowers:
-        name, labels, recipe = "flowers", torch.zeros(5), {"dataset": "flowers", "n": 5, "image_size": 256}
+        name, labels = "flowers", torch.zeros(5)
+        recipe = {"dataset": "flowers", "n": 5, "image_size": 256}
 
         def load(self, indices):
             loads.append(len(indices))
@@ -455,14 +495,16 @@ def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(fid, "load_dataset", load_dataset)
     save_npz(tmp_path / "a.npz", 3)
-    argv = [tmp_path / "a.npz", "flowers", "--inception-weights", weights_file, "--data-dir", tmp_path]
+    argv = [tmp_path / "a.npz", "flowers", "--inception-weights", weights_file, "--data-dir",
+            tmp_path]
     argv += ["--batch-size", 3]
     first = result([*argv, "--metrics", "fid"], capsys)
     assert loads == [3, 2]
     second = result([*argv, "--metrics", "fid,sfid"], capsys)
     assert loads == [3, 2] and second["numbers"].items() >= first["numbers"].items()
     assert str(tmp_path / "statistics") in second["recipe"]["B"]["statistics_from"]
-    fid.main([*map(str, [*argv[1:4], *argv[4:]]), "--pipeline=tensorflow", f"--save-stats={tmp_path}/ref.npz"])
+    fid.main([*map(str, [*argv[1:4], *argv[4:]]), "--pipeline=tensorflow",
+              f"--save-stats={tmp_path}/ref.npz"])
     assert loads == [3, 2, 3, 2]                                           # other features
     first_file = second["recipe"]["B"]["statistics_from"]
     kept, = (file for file in (tmp_path / "statistics").iterdir() if str(file) != first_file)
@@ -472,14 +514,19 @@ def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, 
 def test_torchrun_gives_the_same_number(weights_file, tmp_path, capsys):
     save_npz(tmp_path / "a.npz", 10)
     save_npz(tmp_path / "b.npz", 5, seed=1)
-    argv = [str(a) for a in (tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "fid,is,pr", "--batch-size", 3,
+    argv = [str(a)
+            for a in (tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "fid,is,pr", "--batch-size", 3,
                              "--inception-weights", weights_file)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = subprocess.run([*torchrun, ROOT / "fid.py", *argv, "--json", "--device", "cpu"], check=True,
-                         capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2"]
+    two = subprocess.run([*torchrun, ROOT / "fid.py", *argv, "--json", "--device", "cpu"],
+                         check=True,
+                         capture_output=True, timeout=120,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
     one = result(argv, capsys)
     two = json.loads(two.stdout)
-    assert two["recipe"]["where"] == "2 x cpu" and two["numbers"] == pytest.approx(one["numbers"], rel=1e-6)
+    assert two["recipe"]["where"] == "2 x cpu"
+    assert two["numbers"] == pytest.approx(one["numbers"], rel=1e-6)
 
 
 def test_cmmd_from_pictures(tmp_path, monkeypatch, capsys):
@@ -489,11 +536,13 @@ def test_cmmd_from_pictures(tmp_path, monkeypatch, capsys):
         "vit_tiny_patch16_224", pretrained=False, num_classes=num_classes, img_size=336, depth=1))
     save_npz(tmp_path / "a.npz")
     save_npz(tmp_path / "b.npz", seed=1)
-    found = result([tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "cmmd"], capsys)     # and Inception not needed
+    # and Inception not needed
+    found = result([tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "cmmd"], capsys)
     assert found["numbers"]["CMMD"] > 0 and found["recipe"]["features"] == {"clip": fid.CLIP_MODEL}
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
-    image[:, :, 10:50] = 255                                               # the square in the middle is white
-    white = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    image[:, :, 10:50] = 255                                     # the square in the middle is white
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    white = (1 - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
     assert torch.allclose(fid.CLIP.prepare(image), white.view(3, 1, 1).expand(3, 336, 336))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
 
@@ -513,19 +562,21 @@ def test_toy_features_from_the_command(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fid, "load_dataset", lambda *args, **kwargs: FewFlowers())
     monkeypatch.setattr(toy, "ToyFlowers", FewFlowers)
-    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 60, 64))     # 60 steps in place of 450
+    # 60 steps in place of 450
+    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 60, 64))
     test = ToyFlowers(24, "test").load(range(150))
     np.savez_compressed(tmp_path / "test.npz", arr_0=test.permute(0, 2, 3, 1).numpy())
     found = result([tmp_path / "test.npz", "toy", "--features", "toy"], capsys)["numbers"]
     train = FewFlowers().load(range(300))
     for name, network in toy.networks(train, FewFlowers().labels).items():
         x, y = network(train), network(test)
-        if name == "pixels":                                               # numpy's principal components
+        if name == "pixels":                                          # numpy's principal components
             mean, V = x.mean(0), np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)[2]
             x, y = ((features - mean) @ torch.from_numpy(V[:64].T) for features in (x, y))
         assert found.pop(f"toy Frechet distance, {name}") == pytest.approx(frechet_of_features(x, y), rel=1e-5)
     assert not found
-    status, error = fail([tmp_path / "test.npz", "toy", "--features", "toy", "--metrics", "fid"], capsys)
+    status, error = fail([tmp_path / "test.npz", "toy", "--features", "toy", "--metrics", "fid"],
+                         capsys)
     assert status == 2 and "--features have numbers of their own" in error
 
 
@@ -535,9 +586,11 @@ def test_lite0_from_the_command(random_lite0, tmp_path, capsys):
     found = result([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0"], capsys)
     features = Features("lite0", lite0.networks()["lite0"])
     last = features.last(b)
-    expected = frechet_of_features(features.fit(last).project(last), features.project(features.last(a)))
+    expected = frechet_of_features(features.fit(last).project(last),
+                                   features.project(features.last(a)))
     assert found["numbers"] == {"lite0 Frechet distance": pytest.approx(expected, rel=1e-6)}
-    same = result([tmp_path / "b.npz", tmp_path / "b.npz", "--features", "lite0"], capsys)["numbers"]
+    same = result([tmp_path / "b.npz", tmp_path / "b.npz", "--features", "lite0"],
+                  capsys)["numbers"]
     assert same == {"lite0 Frechet distance": pytest.approx(0, abs=1e-6 * expected)}
     status, error = fail([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0", "--metrics", "fid"], capsys)
     assert status == 2 and "--features have numbers of their own" in error
@@ -546,7 +599,7 @@ def test_lite0_from_the_command(random_lite0, tmp_path, capsys):
 def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
     held_out = make_photos(tmp_path / "held-out", each=4, size=(50, 44))
     checkpoint = torch.load(trained / "ckpt.pt")
-    torch.save(checkpoint, tmp_path / "ckpt.pt")                           # what others use stays as it is
+    torch.save(checkpoint, tmp_path / "ckpt.pt")                    # what others use stays as it is
     argv = [tmp_path / "ckpt.pt", held_out, "--features", "lite0"]
     table = result(argv, capsys)
     assert len(table) == 8 and table == json.loads((tmp_path / "quality.json").read_text())
@@ -587,7 +640,8 @@ def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
 def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     save_npz(tmp_path / "a.npz")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(fid.WEIGHTS, "url", "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
+    monkeypatch.setitem(fid.WEIGHTS, "url",
+                        "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
     status, error = fail([tmp_path / "a.npz", tmp_path / "a.npz"], capsys)
     assert status == 1 and "127.0.0.1:9" in error and str(tmp_path / "hub" / "checkpoints") in error
     (tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"half")
@@ -595,7 +649,8 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     assert status == 1 and "4 bytes, expected were 95,628,359" in error
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("weights")
-    for name, word in (("other.pth", "does not hold InceptionV3's weights"), ("none.pth", "cannot be read: No such file"),
+    for name, word in (("other.pth", "does not hold InceptionV3's weights"),
+                       ("none.pth", "cannot be read: No such file"),
                        ("text.pth", "does not hold InceptionV3's weights")):
         status, error = fail([tmp_path / "a.npz", tmp_path / "a.npz", "--inception-weights", tmp_path / name], capsys)
         assert status == 1 and name in error and word in error
@@ -623,14 +678,20 @@ def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
     np.savez("nan.npz", mu=np.zeros(2048), sigma=np.eye(2048) * np.nan)
     Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:-200])
     for A, B, status, word in [
-            ("empty", "good.npz", 1, "empty has no pictures in it"), ("texts", "good.npz", 1, "texts has no pictures"),
+            ("empty", "good.npz", 1, "empty has no pictures in it"),
+            ("texts", "good.npz", 1, "texts has no pictures"),
             ("good.npz", "broken", 1, "broken/a.png cannot be read as a picture"),
-            ("nowhere", "good.npz", 1, "nowhere does not exist"), ("photo.jpg", "good.npz", 1, "photo.jpg is neither"),
-            ("text.npz", "good.npz", 1, "text.npz is neither"), ("cut.npz", "good.npz", 1, "cut.npz is neither"),
-            ("keys.npz", "good.npz", 1, "keys.npz has neither arr_0"), ("none.npz", "good.npz", 1, "none.npz: arr_0"),
+            ("nowhere", "good.npz", 1, "nowhere does not exist"),
+            ("photo.jpg", "good.npz", 1, "photo.jpg is neither"),
+            ("text.npz", "good.npz", 1, "text.npz is neither"),
+            ("cut.npz", "good.npz", 1, "cut.npz is neither"),
+            ("keys.npz", "good.npz", 1, "keys.npz has neither arr_0"),
+            ("none.npz", "good.npz", 1, "none.npz: arr_0"),
             ("float.npz", "good.npz", 1, "float.npz: arr_0 must be pictures, uint8 (N, H, W, 3), not float64"),
-            ("good.npz", "planes.npz", 1, "planes.npz: arr_0"), ("objects.npz", "good.npz", 1, "objects.npz: arr_0"),
-            ("good.npz", "half.npz", 1, "half.npz: mu and sigma"), ("good.npz", "odd.npz", 1, "odd.npz: mu and sigma"),
+            ("good.npz", "planes.npz", 1, "planes.npz: arr_0"),
+            ("objects.npz", "good.npz", 1, "objects.npz: arr_0"),
+            ("good.npz", "half.npz", 1, "half.npz: mu and sigma"),
+            ("good.npz", "odd.npz", 1, "odd.npz: mu and sigma"),
             ("large.npz", "small.npz", 1, "large.npz and small.npz: statistics of 2048 and of 64 features"),
             ("large.npz", "nan.npz", 1, "large.npz and nan.npz: sigma2 has values that are not finite"),
             ("one.npz", "large.npz", 1, "one.npz: 1 picture: a covariance needs two"),

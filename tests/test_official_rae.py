@@ -1,4 +1,5 @@
-"""The official autoencoder, against values of the official code (bytetriper/RAE with transformers) on networks filled
+"""The official autoencoder, against values of the official code (bytetriper/RAE with
+transformers) on networks filled
 with seeded numbers. tests/golden/rae_*.npz hold them; the fill rule is the one of fill() below."""
 import json
 import os
@@ -30,18 +31,23 @@ def fill(shapes, scale):
     """Official key -> shape; the tensors that the goldens' networks were filled with."""
     state = {}
     for key, shape in shapes.items():
-        value = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))) * scale
+        value = torch.randn(shape,
+                            generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))) * scale
         one = value.ndim == 1 and key.endswith("weight") or key.endswith("lambda1")
         state[key] = value + 1 if one else value
     return state
 
 
 def decoder_state(channels, hidden, layers, mlp, patch, patches, scale):
-    block = {"layernorm_before": (hidden,), "layernorm_after": (hidden,), "intermediate.dense": (mlp, hidden),
+    block = {"layernorm_before": (hidden,), "layernorm_after": (hidden,),
+             "intermediate.dense": (mlp, hidden),
              "output.dense": (hidden, mlp), "attention.output.dense": (hidden, hidden),
-             **{f"attention.attention.{name}": (hidden, hidden) for name in ("query", "key", "value")}}
-    linear = {"decoder_embed": (hidden, channels), "decoder_norm": (hidden,), "decoder_pred": (3 * patch ** 2, hidden),
-              **{f"decoder_layers.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}}
+             **{f"attention.attention.{name}": (hidden, hidden)
+                for name in ("query", "key", "value")}}
+    linear = {"decoder_embed": (hidden, channels), "decoder_norm": (hidden,),
+              "decoder_pred": (3 * patch ** 2, hidden),
+              **{f"decoder_layers.{i}.{name}": shape for i in range(layers) for name,
+                 shape in block.items()}}
     shapes = {f"{name}.{kind}": shape if kind == "weight" else shape[:1]
               for name, shape in linear.items() for kind in ("weight", "bias")}
     state = fill({**shapes, "trainable_cls_token": (1, 1, hidden)}, scale)
@@ -53,12 +59,16 @@ def encoder_state(hidden, layers, scale, table=37):
     linear = {f"encoder.layer.{i}.{name}": shape for i in range(layers) for name, shape in {
         "norm1": (hidden,), "norm2": (hidden,), "attention.output.dense": (hidden, hidden),
         "mlp.fc1": (4 * hidden, hidden), "mlp.fc2": (hidden, 4 * hidden),
-        **{f"attention.attention.{name}": (hidden, hidden) for name in ("query", "key", "value")}}.items()}
-    linear |= {"embeddings.patch_embeddings.projection": (hidden, 3, 14, 14), "layernorm": (hidden,)}
+        **{f"attention.attention.{name}": (hidden, hidden)
+           for name in ("query", "key", "value")}}.items()}
+    linear |= {"embeddings.patch_embeddings.projection": (hidden, 3, 14, 14),
+               "layernorm": (hidden,)}
     shapes = {f"{name}.{kind}": shape if kind == "weight" else shape[:1]
               for name, shape in linear.items() for kind in ("weight", "bias")}
-    shapes |= {f"encoder.layer.{i}.layer_scale{k}.lambda1": (hidden,) for i in range(layers) for k in (1, 2)}
-    return fill({**shapes, "embeddings.cls_token": (1, 1, hidden), "embeddings.mask_token": (1, hidden),
+    shapes |= {f"encoder.layer.{i}.layer_scale{k}.lambda1": (hidden,) for i in range(layers)
+               for k in (1, 2)}
+    return fill({**shapes, "embeddings.cls_token": (1, 1, hidden),
+                 "embeddings.mask_token": (1, hidden),
                  "embeddings.register_tokens": (1, 4, hidden),
                  "embeddings.position_embeddings": (1, 1 + table ** 2, hidden)}, scale)
 
@@ -97,15 +107,17 @@ def test_decoder_is_the_official_one(decoder_golden, dtype, tolerance):
     golden = decoder_golden[0]
     assert relative(rae.decode(latent), torch.from_numpy(golden["image_f64"])) < tolerance
     with torch.no_grad():
-        rae.decoder.cls_token *= 1e-3                                      # only then does the norms' eps show
+        rae.decoder.cls_token *= 1e-3                           # only then does the norms' eps show
     assert relative(rae.decode(latent), torch.from_numpy(golden["image_tinycls_f64"])) < tolerance
 
 
 def test_decoder_takes_every_key_or_says_which(decoder_golden):
     _, state, heads, _ = decoder_golden
-    assert len(ViTDecoder.from_official(state, heads).state_dict()) == len(state) - 3 * 2 * 2      # q, k, v are one
+    # q, k, v are one
+    assert len(ViTDecoder.from_official(state, heads).state_dict()) == len(state) - 3 * 2 * 2
     with pytest.raises(ValueError, match="missing: decoder_layers.1.attention.attention.key.bias"):
-        ViTDecoder.from_official({k: v for k, v in state.items() if k != "decoder_layers.1.attention.attention.key.bias"})
+        ViTDecoder.from_official({k: v for k, v in state.items()
+                                  if k != "decoder_layers.1.attention.attention.key.bias"})
     with pytest.raises(ValueError, match="missing: decoder_pos_embed"):
         ViTDecoder.from_official({k: v for k, v in state.items() if k != "decoder_pos_embed"})
     with pytest.raises(ValueError, match="unexpected: surplus"):
@@ -122,7 +134,7 @@ def test_token_counts_that_do_not_fit_raise(decoder_golden):
     with pytest.raises(ValueError, match="table of positions"):
         rae.decoder(latent[:, :, :2])
     with pytest.raises(ValueError, match="table of positions"):
-        rae.decoder(latent.reshape(2, -1, 2, 8))                           # the right number, in another shape
+        rae.decoder(latent.reshape(2, -1, 2, 8))                # the right number, in another shape
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +148,20 @@ def encoder_rae(golden, state, heads, dtype):
     _, decoder_layers, decoder_heads, mlp, patch = golden["dec_cfg"].tolist()
     encoder = DINOv2Encoder.from_hugging_face(state, num_heads=heads)
     hidden, seed = encoder.vit.embed_dim, int(golden["seed"])
-    decoder = ViTDecoder.from_official(decoder_state(hidden, int(golden["dec_cfg"][0]), decoder_layers, mlp, patch, 256,
-                                                     float(golden["scale"])), num_heads=decoder_heads)
+    decoder = ViTDecoder.from_official(decoder_state(hidden, int(golden["dec_cfg"][0]),
+                                                     decoder_layers, mlp, patch, 256,
+                                                     float(golden["scale"])),
+                                       num_heads=decoder_heads)
     image = seeded("rand", (1, 3, 256, 256), seed)
     assert np.array_equal(image.flatten()[:8].numpy(), golden["image_in_first8"])
-    rae = RAE(encoder, decoder, *statistics((hidden, 16, 16), seed + 1), 16 * patch, patch, "test").to(dtype)
+    rae = RAE(encoder, decoder, *statistics((hidden, 16, 16), seed + 1), 16 * patch, patch,
+              "test").to(dtype)
     return rae, image.to(dtype)
 
 
 def test_encoder_is_the_official_one(encoder_golden):
-    """DINOv2 of timm with tensors made from the Hugging Face keys, 256 x 256 brought to 224 x 224."""
+    """DINOv2 of timm with tensors made from the Hugging Face keys, 256 x 256 brought to 224 x
+    224."""
     golden, state, heads = encoder_golden
     rae, image = encoder_rae(golden, state, heads, torch.float64)
     latent = rae.encode(image)
@@ -155,17 +171,21 @@ def test_encoder_is_the_official_one(encoder_golden):
     assert relative(rae.encode(image), torch.from_numpy(golden["latent_f64"])) < 1e-2
     tiny = {key: value * (1e-3 if key.startswith("embeddings.") or key.endswith("lambda1") else 1)
             for key, value in state.items()}
-    rae, image = encoder_rae(golden, tiny, heads, torch.float64)           # only then does the last norm's eps show
+    # only then does the last norm's eps show
+    rae, image = encoder_rae(golden, tiny, heads, torch.float64)
     assert relative(rae.encode(image), torch.from_numpy(golden["latent_tiny_f64"])) < 1e-4
 
 
 def test_encoder_takes_every_key_or_says_which(encoder_golden):
     _, state, heads = encoder_golden
     with pytest.raises(ValueError, match="missing: encoder.layer.2.layer_scale1.lambda1"):
-        less = {key: value for key, value in state.items() if key != "encoder.layer.2.layer_scale1.lambda1"}
+        less = {key: value for key, value in state.items()
+                if key != "encoder.layer.2.layer_scale1.lambda1"}
         DINOv2Encoder.from_hugging_face(less, heads)
-    with pytest.raises(ValueError, match=r"of another shape: encoder.layer.0.norm1.bias \(7,\), not"):
-        DINOv2Encoder.from_hugging_face({**state, "encoder.layer.0.norm1.bias": torch.zeros(7)}, heads)
+    with pytest.raises(ValueError,
+                       match=r"of another shape: encoder.layer.0.norm1.bias \(7,\), not"):
+        DINOv2Encoder.from_hugging_face({**state, "encoder.layer.0.norm1.bias": torch.zeros(7)},
+                                        heads)
     with pytest.raises(ValueError, match="unexpected: surplus"):
         DINOv2Encoder.from_hugging_face({**state, "surplus": torch.zeros(1)}, heads)
     with pytest.raises(ValueError, match="missing: embeddings.position_embeddings"):
@@ -174,7 +194,8 @@ def test_encoder_takes_every_key_or_says_which(encoder_golden):
         DINOv2Encoder.from_hugging_face(state, heads)(torch.rand(1, 3, 32, 64))
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="ViT-XL takes 4 GB and half a minute: SLOW=1 python -m pytest")
+@pytest.mark.skipif("SLOW" not in os.environ,
+                    reason="ViT-XL takes 4 GB and half a minute: SLOW=1 python -m pytest")
 def test_the_decoder_at_its_real_size():
     decoder = ViTDecoder.from_official(decoder_state(768, 1152, 28, 4096, 16, 256, 0.05))
     assert sum(p.numel() for p in decoder.parameters()) == 415_352_704
@@ -184,11 +205,12 @@ def test_the_decoder_at_its_real_size():
     assert relative(image[0, :, :16, :16], golden) < 2e-5
 
 
-# ---- Files, and the paper's run from end to end, with small random weights in files of the official layout -----------
+# ---- Files, and the paper's run from end to end, with small random weights in files of the official layout 
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A folder with the three files for 32 x 32 pictures; the table of the official ones points to them."""
+    """A folder with the three files for 32 x 32 pictures; the table of the official ones points
+    to them."""
     folder = tmp_path / "weights"
     folder.mkdir()
     save_file(encoder_state(48, 2, 0.25), folder / "model.safetensors")
@@ -207,11 +229,13 @@ def pin(monkeypatch, folder):
 
 def test_weights_by_hand(weights, monkeypatch, capsys):
     rae = load_rae("dinov2-b", weights_dir=weights)
-    assert rae.image_size == 32 and rae.latent_shape == (48, 16, 16) and "differs" not in capsys.readouterr().out
+    assert rae.image_size == 32 and rae.latent_shape == (48, 16, 16)
+    assert "differs" not in capsys.readouterr().out
     images = seeded("rand", (2, 3, 32, 32), 0)
     again = load_rae(rae.saved(), weights_dir=weights)
-    assert torch.equal(again.encode(images), rae.encode(images)) and again.fingerprint() == rae.fingerprint()
-    assert len(json.dumps(rae.saved())) < 1000                             # no checkpoint carries two gigabytes of it
+    assert torch.equal(again.encode(images), rae.encode(images))
+    assert again.fingerprint() == rae.fingerprint()
+    assert len(json.dumps(rae.saved())) < 1000           # no checkpoint carries two gigabytes of it
     # Other weights than the checkpoint's; a table of positions that is not the formula's.
     state = torch.load(weights / "model.pt", weights_only=True)
     state["decoder_pos_embed"] = state["decoder_pos_embed"] + 0.25
@@ -249,11 +273,13 @@ def test_files_that_are_not_the_official_ones(weights, monkeypatch):
 def test_no_network(tmp_path):
     """A line for each file, and soon: not after all the retries of the Hub's client."""
     started = time.perf_counter()
-    found = subprocess.run([sys.executable, str(ROOT / "rae.py"), "reconstruct", "x.png"], capture_output=True, text=True,
+    found = subprocess.run([sys.executable, str(ROOT / "rae.py"), "reconstruct", "x.png"],
+                           capture_output=True, text=True,
                            env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}, timeout=60)
     lines = found.stderr.splitlines()
     assert time.perf_counter() - started < 25 and found.returncode == 1 and len(lines) == 4
-    assert "lacks 3 of 3 files" in lines[0] and "refused" in lines[0] and "--weights-dir" in lines[0]
+    assert "lacks 3 of 3 files" in lines[0] and "refused" in lines[0]
+    assert "--weights-dir" in lines[0]
     assert all(" from http://127.0.0.1:9/" in line for line in lines[1:])
 
 
@@ -270,9 +296,11 @@ train.main(sys.argv[3:])
 
 
 def test_the_papers_run_from_end_to_end(weights, server, tmp_path, capsys):
-    """Two processes fetch, verify, encode and train; one goes on, without a network; one samples, with weights by hand.
+    """Two processes fetch, verify, encode and train; one goes on, without a network; one
+    samples, with weights by hand.
     The server stands in for Oxford and the Hub."""
-    changes = {"FLOWERS_URL": server.url + "/flowers/", "FLOWERS_FILES": flowers_stand_in(server.folder / "flowers"),
+    changes = {"FLOWERS_URL": server.url + "/flowers/",
+               "FLOWERS_FILES": flowers_stand_in(server.folder / "flowers"),
                "FLOWERS_CLASSES": data.FLOWERS_CLASSES[:4]}
     for repo, revision, file, _ in OFFICIAL_FILES.values():
         path = server.folder / repo / "resolve" / revision / file
@@ -280,45 +308,62 @@ def test_the_papers_run_from_end_to_end(weights, server, tmp_path, capsys):
         path.write_bytes((weights / path.name).read_bytes())
     (tmp_path / "driver.py").write_text(DRIVER)
     run = tmp_path / "out" / "run"
-    arguments = ["--dataset", "flowers", "--image-size", "32", "--model", "SiT-T/1", "--batch-size", "8", "--device", "cpu",
-                 "--data-dir", str(tmp_path / "datasets"), "--out-dir", str(run), "--sample-every", "1000"]
+    arguments = ["--dataset", "flowers", "--image-size", "32", "--model", "SiT-T/1", "--batch-size",
+                 "8", "--device", "cpu",
+                 "--data-dir", str(tmp_path / "datasets"), "--out-dir", str(run), "--sample-every",
+                 "1000"]
     changed = json.dumps({"data": changes, "files": rae_script.OFFICIAL_FILES})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.url,
+                   "HF_HOME": str(tmp_path / "hub")}
     driver = [str(tmp_path / "driver.py"), str(ROOT), changed, *arguments]
-    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *driver,
-                            "--steps", "2"], env=environment, capture_output=True, text=True, timeout=120)
+    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                            "--nproc-per-node", "2", *driver,
+                            "--steps", "2"], env=environment, capture_output=True, text=True,
+                           timeout=120)
     assert found.returncode == 0, found.stderr
     assert "encoded 12 pictures" in found.stdout and "in each of 2 processes" in found.stdout
     assert "24 pictures, 4 classes, latents 48 x 16 x 16" in found.stdout
     before, requests = torch.load(run / "ckpt.pt", weights_only=True), len(server.ranges)
-    assert before["step"] == 2 and before["rae"]["name"] == "dinov2-b" and before["args"]["epochs"] is None
-    assert before["args"]["lr"] == 1e-4 and before["args"]["alpha_max"] == 85 and before["args"]["dtype"] == "bfloat16"
+    assert before["step"] == 2 and before["rae"]["name"] == "dinov2-b"
+    assert before["args"]["epochs"] is None
+    assert before["args"]["lr"] == 1e-4 and before["args"]["alpha_max"] == 85
+    assert before["args"]["dtype"] == "bfloat16"
 
-    found = subprocess.run([sys.executable, *driver, "--steps", "3"], env={**environment, "HF_HUB_OFFLINE": "1"},
+    found = subprocess.run([sys.executable, *driver, "--steps", "3"],
+                           env={**environment, "HF_HUB_OFFLINE": "1"},
                            capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
-    assert "resuming" in found.stdout and "encoded" not in found.stdout and len(server.ranges) == requests
+    assert "resuming" in found.stdout and "encoded" not in found.stdout
+    assert len(server.ranges) == requests
     assert torch.load(run / "ckpt.pt", weights_only=True)["step"] == 3
-    sample.main(["--ckpt", str(run / "ckpt.pt"), "--steps", "2", "--weights-dir", str(weights), "--device", "cpu"])
+    sample.main(["--ckpt", str(run / "ckpt.pt"), "--steps", "2", "--weights-dir", str(weights),
+                 "--device", "cpu"])
     assert "4 classes in turn" in capsys.readouterr().out
     with Image.open(run / "sample.png") as grid:
         assert grid.size == (4 * 64, 4 * 64 + 16)
     with pytest.raises(SystemExit):
-        sample.main(["--ckpt", str(run / "ckpt.pt"), "--weights-dir", str(tmp_path), "--device", "cpu"])
+        sample.main(["--ckpt", str(run / "ckpt.pt"), "--weights-dir", str(tmp_path), "--device",
+                     "cpu"])
     assert "lacks 3 of 3 files" in capsys.readouterr().err
 
 
 def test_the_papers_presets():
     """Table A; what the text does not give is not tested."""
-    table = {"flowers": ("SiT-B/1", 2000, 256), "animal-faces": ("SiT-B/1", 500, 256), "imagenet": ("SiT-XL/1", 600, 512)}
+    table = {"flowers": ("SiT-B/1", 2000, 256), "animal-faces": ("SiT-B/1", 500, 256),
+             "imagenet": ("SiT-XL/1", 600, 512)}
     for name, (model, epochs, batch_size) in table.items():
         args = train.parse_args(["--dataset", name])
-        assert (args.model, args.epochs, args.batch_size, args.steps) == (model, epochs, batch_size, None)
-        assert (args.rae, args.image_size, args.lr, args.weight_decay, args.ema_decay[0]) == ("dinov2-b", 256, 1e-4, 0, 0.9995)
-        assert (args.mix_prob, args.class_dropout_prob, args.warmup_steps, args.decay_last) == (0.2, 0.1, 0, 0)
-    assert train.parse_args(["--dataset", "animal-faces"]).cfg == 1 and train.parse_args(["--dataset", "imagenet"]).cfg == 3.2
+        assert (args.model, args.epochs, args.batch_size) == (model, epochs, batch_size)
+        assert args.steps is None
+        assert (args.rae, args.image_size, args.lr, args.weight_decay,
+                args.ema_decay[0]) == ("dinov2-b", 256, 1e-4, 0, 0.9995)
+        assert (args.mix_prob, args.class_dropout_prob) == (0.2, 0.1)
+        assert (args.warmup_steps, args.decay_last) == (0, 0)
+    assert train.parse_args(["--dataset", "animal-faces"]).cfg == 1
+    assert train.parse_args(["--dataset", "imagenet"]).cfg == 3.2
     assert train.parse_args(["--dataset", "flowers", "--steps", "7"]).epochs is None
     assert train.parse_args(["--dataset", "photos"]).rae == "toy"
-    args = train.parse_args(["--dataset", "photos", "--rae", "dinov2-b"])  # one's own pictures, the paper's settings
+    # one's own pictures, the paper's settings
+    args = train.parse_args(["--dataset", "photos", "--rae", "dinov2-b"])
     assert (args.model, args.image_size, args.alpha_max) == ("SiT-B/1", 256, 85)
     assert train.parse_args(["--dataset", "flowers", "--rae", "toy"]).image_size == 64

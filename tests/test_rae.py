@@ -25,11 +25,13 @@ def flowers():
 
 
 def test_components_are_those_of_numpy(flowers):
-    """What k components lose is what the singular values say, and no other k-dimensional linear code loses less."""
+    """What k components lose is what the singular values say, and no other k-dimensional linear
+    code loses less."""
     rae = fit_rae("toy", flowers, patch_size=8, channels=20)
     code = rae.encoder[1].weight.double().flatten(1)                       # (20, 192)
     assert torch.allclose(code @ code.T, torch.eye(20).double(), atol=1e-5)
-    patches = to_float(flowers).double().reshape(400, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192)
+    patches = to_float(flowers).double().reshape(400, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3,
+                                                                             5).reshape(-1, 192)
     centred = patches - patches.mean(0)
     lost = (centred - centred @ code.T @ code).square().sum()
     singular = np.linalg.svd(centred.numpy(), compute_uv=False)
@@ -50,8 +52,10 @@ def test_decoder_is_the_best_linear_one(flowers):
     z = plain.encode(to_float(flowers)).double()
     rows = torch.nn.functional.unfold(z, 3, padding=1).transpose(1, 2).reshape(-1, 180)
     rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
-    pixels = torch.nn.functional.pixel_unshuffle(to_float(flowers), 8).flatten(2).transpose(1, 2).reshape(-1, 192)
-    residual = pixels.double() - rows @ torch.linalg.lstsq(rows, pixels.double(), driver="gelsd").solution
+    pixels = torch.nn.functional.pixel_unshuffle(to_float(flowers), 8)
+    pixels = pixels.flatten(2).transpose(1, 2).reshape(-1, 192)
+    residual = pixels.double() - rows @ torch.linalg.lstsq(rows, pixels.double(),
+                                                           driver="gelsd").solution
     assert mean_error(plain, flowers) == pytest.approx(residual.square().mean().item(), rel=1e-4)
     assert mean_error(robust, flowers, 0.5) < 0.8 * mean_error(plain, flowers, 0.5)
     assert mean_error(plain, flowers) < mean_error(robust, flowers) < 3 * mean_error(plain, flowers)
@@ -63,16 +67,19 @@ def test_half_whitened_to_rms_1(flowers):
     assert z.shape == (400, 20, 4, 4) and rae.latent_shape == (20, 4, 4)
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
     assert z.mean((0, 2, 3)).abs().max() < 1e-3
-    unit = (rae.encoder(to_float(flowers)) / z).flatten(2).median(2).values.median(0).values     # (20,), std ** 0.5
+    # (20,), std ** 0.5
+    unit = (rae.encoder(to_float(flowers)) / z).flatten(2).median(2).values.median(0).values
     ratio = z.std((0, 2, 3)) / unit
     assert (ratio / ratio.mean() - 1).abs().max() < 0.02
 
 
 def test_round_trip_and_sizes(flowers):
-    rae = fit_rae("toy", flowers, patch_size=4, channels=48, latent_noise=0.0)   # all components: nothing is lost
+    # all components: nothing is lost
+    rae = fit_rae("toy", flowers, patch_size=4, channels=48, latent_noise=0.0)
     assert torch.equal(to_uint8(rae.decode(rae.encode(to_float(flowers)))), flowers)
     wide = torch.rand(2, 3, 8, 20)
-    assert rae.encode(wide).shape == (2, 48, 2, 5) and rae.decode(rae.encode(wide)).shape == wide.shape
+    assert rae.encode(wide).shape == (2, 48, 2, 5)
+    assert rae.decode(rae.encode(wide)).shape == wide.shape
     with pytest.raises(ValueError, match="not divisible"):
         rae.encode(torch.rand(1, 3, 8, 10))
     with pytest.raises(UserError, match="--image-size 32 is not a multiple"):
@@ -144,13 +151,14 @@ def test_two_runs_may_start_a_cache_at_once(setting, monkeypatch):
 
     def slow(self, manifest):
         monkeypatch.setattr(LatentCache, "_create", create)
-        LatentCache(dataset, rae, root)                                    # another run comes first, and finishes
+        LatentCache(dataset, rae, root)                      # another run comes first, and finishes
         dataset.load = None
         create(self, manifest)
 
     monkeypatch.setattr(LatentCache, "_create", slow)
     cache = LatentCache(dataset, rae, root)
-    assert np.abs(cache.latents).sum() > 0 and [p.name for p in root.iterdir()] == [cache.folder.name]
+    assert np.abs(cache.latents).sum() > 0
+    assert [p.name for p in root.iterdir()] == [cache.folder.name]
 
 
 def test_cache_refuses(setting, monkeypatch):
@@ -194,7 +202,8 @@ def test_two_processes_killed_in_the_middle_fill_the_same_cache(setting, photos)
     expected = np.array(LatentCache(dataset, rae, root.with_name("whole")).latents)
     folder, _ = cache_of(dataset, rae, root)
 
-    processes = [subprocess.Popen([sys.executable, "-c", FILL, str(ROOT), str(photos), str(root), str(rank)])
+    processes = [subprocess.Popen([sys.executable, "-c", FILL, str(ROOT), str(photos), str(root),
+                                   str(rank)])
                  for rank in (0, 1)]
     deadline, done = time.time() + 60, None
     while time.time() < deadline and (done is None or done.sum() < 3):
@@ -233,8 +242,10 @@ def test_reconstruct(trained, tmp_path, capsys):
     """The picture that is written and the PSNR are those of the run's own autoencoder."""
     rng = np.random.default_rng(1)
     for name in "ab":
-        Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).resize((35, 25)).save(tmp_path / f"{name}.png")
-    arguments = ["--ckpt", str(trained / "ckpt.pt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        picture = Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8))
+        picture.resize((35, 25)).save(tmp_path / f"{name}.png")
+    arguments = ["--ckpt", str(trained / "ckpt.pt"), "--out", str(tmp_path / "out"), "--device",
+                 "cpu"]
     rae_script.main(["reconstruct", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *arguments])
     both = np.asarray(Image.open(tmp_path / "out" / "a.png")).astype(float)
     assert both.shape == (32, 64, 3)
@@ -244,8 +255,10 @@ def test_reconstruct(trained, tmp_path, capsys):
     psnr = 10 * np.log10(255 ** 2 / ((both[:, :32] - both[:, 32:]) ** 2).mean())
     out = capsys.readouterr().out
     assert f"a.png: {psnr:.2f} dB" in out and "mean of 2:" in out and psnr > 10
-    for status, message, argv in [(2, "the same name", [str(tmp_path / "a.png")] * 2), (1, "cannot be read", [__file__]),
-                                  (1, "no.png cannot be read", ["no.png"]), (2, "unrecognized", ["no.png", "--size", "3"])]:
+    for status, message, argv in [(2, "the same name", [str(tmp_path / "a.png")] * 2),
+                                  (1, "cannot be read", [__file__]),
+                                  (1, "no.png cannot be read", ["no.png"]),
+                                  (2, "unrecognized", ["no.png", "--size", "3"])]:
         with pytest.raises(SystemExit) as stop:
             rae_script.main(["reconstruct", *argv, *arguments])
         error = capsys.readouterr().err

@@ -18,11 +18,13 @@ def pictures(trained, out, *more):
 
 
 def test_npz_is_balanced_and_says_how_it_was_made(trained, tmp_path, capsys):
-    found = pictures(trained, tmp_path / "s.npz", "--num", "7", "--steps", "3", "--cfg", "2", "--seed", "5")
+    found = pictures(trained, tmp_path / "s.npz", "--num", "7", "--steps", "3", "--cfg", "2",
+                     "--seed", "5")
     assert found["arr_0"].shape == (7, 32, 32, 3) and found["arr_0"].dtype == np.uint8
     assert found["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     recipe = json.loads(str(found["recipe"]))
-    assert (recipe["steps"], recipe["cfg_scale"], recipe["seed"], recipe["ema"], recipe["step"]) == (3, 2.0, 5, "0.995", 4)
+    assert (recipe["steps"], recipe["cfg_scale"], recipe["seed"], recipe["ema"],
+            recipe["step"]) == (3, 2.0, 5, "0.995", 4)
     said = capsys.readouterr().out
     assert "NFE 6 a picture" in said and "images/s" in said
     assert "NFE 3 a picture" in (pictures(trained, tmp_path / "s.npz", "--num", "1", "--steps", "3", "--cfg", "1"),
@@ -30,26 +32,33 @@ def test_npz_is_balanced_and_says_how_it_was_made(trained, tmp_path, capsys):
 
 
 def test_a_picture_does_not_depend_on_batch_or_processes(trained, tmp_path):
-    one = pictures(trained, tmp_path / "a.npz", "--num", "7", "--batch-size", "7")["arr_0"].astype(int)
-    three = pictures(trained, tmp_path / "b.npz", "--num", "7", "--batch-size", "3")["arr_0"].astype(int)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "sample.py")]
-    subprocess.run([*torchrun, "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu", "--num-images", "7",
-                    "--batch-size", "2", "--out", str(tmp_path / "c.npz")], check=True, capture_output=True, timeout=120,
+    one = pictures(trained, tmp_path / "a.npz", "--num", "7", "--batch-size",
+                   "7")["arr_0"].astype(int)
+    three = pictures(trained, tmp_path / "b.npz", "--num", "7", "--batch-size",
+                     "3")["arr_0"].astype(int)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2", str(ROOT / "sample.py")]
+    subprocess.run([*torchrun, "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu",
+                    "--num-images", "7",
+                    "--batch-size", "2", "--out", str(tmp_path / "c.npz")], check=True,
+                   capture_output=True, timeout=120,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     two = np.load(tmp_path / "c.npz")["arr_0"].astype(int)
-    assert abs(one - three).max() <= 1 and abs(one - two).max() <= 1       # rounding of the last bit
-    assert abs(one - pictures(trained, tmp_path / "d.npz", "--num", "7", "--seed", "1")["arr_0"]).mean() > 1
+    assert abs(one - three).max() <= 1 and abs(one - two).max() <= 1      # rounding of the last bit
+    assert abs(one - pictures(trained, tmp_path / "d.npz", "--num", "7", "--seed",
+                              "1")["arr_0"]).mean() > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz", "c.npz", "d.npz"]
 
 
 def test_numbered_files_grid_and_trajectory(trained, tmp_path):
     pictures(trained, tmp_path / "files", "--num", "3", "--classes", "right", "2")
-    assert sorted(p.name for p in (tmp_path / "files").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert sorted(p.name for p in (tmp_path / "files").iterdir()) == ["000000.png", "000001.png",
+                                                                      "000002.png"]
     array = pictures(trained, tmp_path / "s.npz", "--num", "3", "--classes", "right", "2")
     assert array["labels"].tolist() == [1, 2, 1]
     with Image.open(tmp_path / "files" / "000002.png") as picture:
         assert np.array_equal(np.asarray(picture), array["arr_0"][2])
-    pictures(trained, tmp_path / "grid.png")                               # 4 rows of 3 classes, 64-pixel cells, a caption
+    pictures(trained, tmp_path / "grid.png")        # 4 rows of 3 classes, 64-pixel cells, a caption
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (3 * 64, 4 * 64 + 16)
         top = np.asarray(grid)[:16]
@@ -57,15 +66,18 @@ def test_numbered_files_grid_and_trajectory(trained, tmp_path):
     pictures(trained, tmp_path / "steps.png", "--trajectory", "--steps", "5", "--num", "2")
     with Image.open(tmp_path / "steps.png") as grid:
         assert grid.size == (2 * 64, 5 * 64 + 16)
-        last = np.asarray(grid.crop((0, 4 * 64 + 16, 64, 5 * 64 + 16)).resize((32, 32), Image.Resampling.NEAREST))
-    assert np.array_equal(last, pictures(trained, tmp_path / "s.npz", "--steps", "5", "--num", "2")["arr_0"][0])
+        last = grid.crop((0, 4 * 64 + 16, 64, 5 * 64 + 16))
+        last = np.asarray(last.resize((32, 32), Image.Resampling.NEAREST))
+    found = pictures(trained, tmp_path / "s.npz", "--steps", "5", "--num", "2")
+    assert np.array_equal(last, found["arr_0"][0])
 
 
 def test_every_setting_changes_the_picture(trained, tmp_path):
     def draw(*more):
         return pictures(trained, tmp_path / "s.npz", "--num", "3", "--steps", "3", *more)["arr_0"]
     plain = draw()
-    for more in (["--cfg", "4"], ["--gamma", "3"], ["--sampling-noise", "fresh"], ["--sigma", "0.5"],
+    for more in (["--cfg", "4"], ["--gamma", "3"], ["--sampling-noise", "fresh"],
+                 ["--sigma", "0.5"],
                  ["--sigmas", "5", "4"], ["--ema", "raw"], ["--ema", "0.1"], ["--seed", "2"]):
         assert not np.array_equal(plain, draw(*more)), more
     assert np.array_equal(plain, draw("--ema", "0.995"))
@@ -74,10 +86,12 @@ def test_every_setting_changes_the_picture(trained, tmp_path):
 def test_sigma_is_the_start_of_the_decay_and_sigmas_are_what_is_added(trained, tmp_path):
     def draw(*more):
         return pictures(trained, tmp_path / "s.npz", "--num", "3", "--gamma", "1", *more)["arr_0"]
-    assert np.array_equal(draw("--steps", "2", "--sigma", "3"), draw("--steps", "2", "--sigmas", "1.5"))
+    assert np.array_equal(draw("--steps", "2", "--sigma", "3"),
+                          draw("--steps", "2", "--sigmas", "1.5"))
     assert np.array_equal(draw("--steps", "4", "--sigma", "2"),
                           draw("--steps", "4", "--sigmas", "1.5", "1", "0.5"))
-    assert not np.array_equal(draw("--steps", "2", "--sigma", "3"), draw("--steps", "2", "--sigmas", "3"))
+    assert not np.array_equal(draw("--steps", "2", "--sigma", "3"),
+                              draw("--steps", "2", "--sigmas", "3"))
 
 
 def test_latents_that_are_not_finite_are_said(trained, tmp_path, capsys):
@@ -86,14 +100,16 @@ def test_latents_that_are_not_finite_are_said(trained, tmp_path, capsys):
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     with pytest.raises(SystemExit):
         pictures(tmp_path, tmp_path / "s.png")
-    assert "not finite" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert "not finite" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 def test_captions_follow_the_classes():
     images = torch.zeros(6, 3, 64, 64, dtype=torch.uint8)
     assert sample.picture_grid(images, 3, ["a", "b", "c"] * 2).size == (192, 128 + 16)
     assert sample.picture_grid(images, 3, list("abcdef")).size == (192, 128 + 32)
-    assert sample.picture_grid(images[:4], 3, ["a very long name indeed"] * 4).size == (192, 128 + 16)
+    assert sample.picture_grid(images[:4], 3, ["a very long name indeed"] * 4).size == (192,
+                                                                                        128 + 16)
 
 
 @pytest.mark.parametrize("status,message,argv", [
@@ -110,7 +126,8 @@ def test_captions_follow_the_classes():
 ])
 def test_bad_arguments(trained, tmp_path, status, message, argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        sample.main(["--ckpt", str(trained / "ckpt.pt"), "--out", str(tmp_path / "s.png"), "--device", "cpu", *argv])
+        sample.main(["--ckpt", str(trained / "ckpt.pt"), "--out", str(tmp_path / "s.png"),
+                     "--device", "cpu", *argv])
     error = capsys.readouterr().err
     assert stop.value.code == status and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,11 @@ def load(folder):
     return torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)
 
 
+def log_of(folder):
+    lines = (folder / "out" / "run" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -28,10 +33,13 @@ def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path):
     for folder in (whole, killed):
         folder.mkdir()
         (folder / "photos").symlink_to(photos)
-    command = [sys.executable, str(ROOT / "train.py"), *train_args(killed, "--steps", "100000", "--save-every", "3")]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, str(ROOT / "train.py"),
+               *train_args(killed, "--steps", "100000", "--save-every", "3")]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not (killed / "out" / "run" / "ckpt.pt").exists() and time.time() < deadline and process.poll() is None:
+    saved = killed / "out" / "run" / "ckpt.pt"
+    while not saved.exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -40,7 +48,7 @@ def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path):
     steps = str(stopped["step"] + 4)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                               # as the process that was killed
+    torch.set_num_threads(1)                                        # as the process that was killed
     train.main(train_args(killed, "--steps", steps, "--save-every", "3"))
     train.main(train_args(whole, "--steps", steps))
     torch.set_num_threads(threads)
@@ -48,8 +56,8 @@ def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path):
     for part in ("model", "ema", "optimizer", "step", "rae", "classes"):
         assert equal(a[part], b[part]), part
     assert not equal(a["model"], stopped["model"])
-    lines = [[json.loads(line) for line in (f / "out" / "run" / "log.jsonl").read_text().splitlines()] for f in (whole, killed)]
-    timeless = [[(line["step"], line["loss"], line["grad_norm"], line["loss_by_angle"]) for line in log] for log in lines]
+    timeless = [[(line["step"], line["loss"], line["grad_norm"], line["loss_by_angle"])
+                 for line in log_of(folder)] for folder in (whole, killed)]
     assert timeless[0] == timeless[1]
 
 
@@ -61,8 +69,10 @@ def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
         (runs[name] / "photos").symlink_to(photos)
     more = ("--steps", "20", "--latent-consistency", "0.5", "--log-every", "20", "--p-mean", "-0.4",
             "--p-std", "0.9")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, str(ROOT / "train.py"), *train_args(runs["two"], *more)], env=environment(), check=True,
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2"]
+    subprocess.run([*torchrun, str(ROOT / "train.py"), *train_args(runs["two"], *more)],
+                   env=environment(), check=True,
                    capture_output=True, timeout=120)
     train.main(train_args(runs["one"], *more))
     train.main(train_args(runs["accumulated"], *more, "--accumulate", "2"))
@@ -71,7 +81,8 @@ def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
         other = load(runs[name])
         assert relative_l2(other["model"], one["model"]) < 1e-5
         assert relative_l2(other["ema"]["0.995"], one["ema"]["0.995"]) < 1e-5
-        log, log_one = (json.loads((runs[n] / "out" / "run" / "log.jsonl").read_text()) for n in (name, "one"))
+        log, log_one = (json.loads((runs[n] / "out" / "run" / "log.jsonl").read_text())
+                        for n in (name, "one"))
         for key in ("loss", "reconstruction", "consistency", "latent_consistency", "grad_norm"):
             assert log[key] == pytest.approx(log_one[key], rel=1e-3), key
         for a, b in zip(log["loss_by_angle"], log_one["loss_by_angle"]):
@@ -90,7 +101,8 @@ def test_ema_is_what_it_says(photos, tmp_path):
         for decay in ("0.15", "0.0"):
             d = min(float(decay), warm)
             for name, value in weights[after]["ema"][decay].items():
-                expected = d * weights[before]["ema"][decay][name] + (1 - d) * weights[after]["model"][name]
+                expected = (d * weights[before]["ema"][decay][name]
+                            + (1 - d) * weights[after]["model"][name])
                 assert torch.allclose(value, expected, atol=1e-7)
 
 
@@ -105,14 +117,17 @@ def test_checkpoint_log_and_pictures(trained):
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         assert line["loss"] == pytest.approx(line["reconstruction"] + line["consistency"], rel=1e-5)
-        assert len(line["loss_by_angle"]) == 4 and line["images_per_s"] > 0 and line["memory_gb"] > 0.05
+        assert len(line["loss_by_angle"]) == 4 and line["images_per_s"] > 0
+        assert line["memory_gb"] > 0.05
     assert (trained / "samples-0000004.png").stat().st_size > 1000
 
 
 def test_bfloat16_trains_and_the_loss_falls(photos, tmp_path):
-    train.main(train_args(tmp_path, "--steps", "80", "--dtype", "bfloat16", "--noise-dist", "uniform",
+    train.main(train_args(tmp_path, "--steps", "80", "--dtype", "bfloat16", "--noise-dist",
+                          "uniform",
                           "--reconstruct", "both", "--warmup-steps", "5"))
-    log = [json.loads(line) for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line)
+           for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log]
     assert sum(losses[-10:]) < 0.92 * sum(losses[:10])
     assert all(value.dtype == torch.float32 for value in load(tmp_path)["model"].values())
@@ -126,12 +141,14 @@ def test_epochs_count_in_pictures(photos, tmp_path):
 def test_learning_rate():
     rates = [train.learning_rate(step, 100, 1.0, 10, 0.2) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72
-    assert rates[90] == pytest.approx(0.05 + 0.95 / 2) and rates[99] == pytest.approx(0.05 + 0.95 / 20)
+    assert rates[90] == pytest.approx(0.05 + 0.95 / 2)
+    assert rates[99] == pytest.approx(0.05 + 0.95 / 20)
     assert {train.learning_rate(step, 100, 1.0, 0, 0.0) for step in range(100)} == {1.0}
 
 
 def test_by_angle():
-    sigma = torch.tensor([0.0, 0.3, 0.5, 1.1, 3.0, 100.0])                 # 0, 16.7, 26.6, 47.7, 71.6, 89.4 degrees
+    # 0, 16.7, 26.6, 47.7, 71.6, 89.4 degrees
+    sigma = torch.tensor([0.0, 0.3, 0.5, 1.1, 3.0, 100.0])
     found = train.by_angle(torch.tensor([1.0, 2, 4, 8, 16, 32]), sigma)
     assert found.tolist() == [[3, 4, 8, 48], [2, 1, 1, 2]]
 
@@ -147,7 +164,8 @@ def test_a_finished_run_is_left_alone_and_a_different_one_refused(trained, capsy
     folder, before = trained.parent.parent, (trained / "ckpt.pt").stat().st_mtime_ns
     train.main(train_args(folder, "--steps", "4", "--ema-decay", "0.995", "0.1"))
     assert "run is finished" in capsys.readouterr().out
-    fails(capsys, 1, "lr 0.002 -> 0.5", train_args(folder, "--steps", "8", "--ema-decay", "0.995", "0.1", "--lr", "0.5"))
+    fails(capsys, 1, "lr 0.002 -> 0.5",
+          train_args(folder, "--steps", "8", "--ema-decay", "0.995", "0.1", "--lr", "0.5"))
     assert (trained / "ckpt.pt").stat().st_mtime_ns == before
 
 
@@ -167,7 +185,8 @@ def test_a_torn_log_is_mended(photos, tmp_path):
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, capsys):
-    args = train_args(tmp_path, "--save-every", "1", "--steps", "50", "--lr", "1e30", "--clip", "0", "--warmup-steps", "0")
+    args = train_args(tmp_path, "--save-every", "1", "--steps", "50", "--lr", "1e30", "--clip", "0",
+                      "--warmup-steps", "0")
     fails(capsys, 1, "the gradient norm is", args)
     checkpoint = load(tmp_path)
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
@@ -182,7 +201,8 @@ def test_a_broken_checkpoint_is_said(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more,scale", [
-    (["--dataset", "toy"], 5 / math.tan(math.radians(75))), (["--dataset", "photos"], 5 / math.tan(math.radians(75))),
+    (["--dataset", "toy"], 5 / math.tan(math.radians(75))),
+    (["--dataset", "photos"], 5 / math.tan(math.radians(75))),
     (["--dataset", "photos", "--rae", "lite0"], 1), (["--dataset", "flowers"], 1)])
 def test_sampling_follows_the_angle(more, scale):
     """Unless --sigma says otherwise; a preset may scale it."""
@@ -194,27 +214,32 @@ def test_sampling_follows_the_angle(more, scale):
 
 def test_the_report_ends_a_run(photos, tmp_path, monkeypatch, capsys):
     """By the features of the run's autoencoder; fid.py makes the same again from the checkpoint."""
-    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 60, 64))                # 60 steps in place of 450
+    # 60 steps in place of 450
+    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 60, 64))
     train.main(train_args(tmp_path, "--steps", "2", "--report", "20"))
     out, run = capsys.readouterr().out, tmp_path / "out" / "run"
     table = json.loads((run / "quality.json").read_text())
     assert [row["pictures"] for row in table] == [
-        "training (the floor)", "training, reconstructed", "class-mean latent", "per-class Gaussian of latents",
+        "training (the floor)", "training, reconstructed", "class-mean latent",
+        "per-class Gaussian of latents",
         "1 step", "2 steps", "4 steps", "8 steps"]
     assert "| 8 steps " in out and "frechet_classifier" in out and table[0]["accuracy"] > 0.9
     assert table[2]["diversity"] == 0 < table[0]["diversity"]
     (run / "quality.json").unlink()
-    fid.main([str(run / "ckpt.pt"), "--data-dir", str(tmp_path / "datasets"), "--device", "cpu", "--json"])
+    fid.main([str(run / "ckpt.pt"), "--data-dir", str(tmp_path / "datasets"), "--device", "cpu",
+              "--json"])
     again = json.loads(capsys.readouterr().out)
     assert again == json.loads((run / "quality.json").read_text())
     for a, b in zip(again, table):
-        assert a == {key: value if isinstance(value, str) else pytest.approx(value, rel=1e-3) for key, value in b.items()}
+        assert a == {key: value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
+                     for key, value in b.items()}
 
 
 def test_a_report_that_cannot_be_made_fails_no_run(tmp_path, capsys):
     make_photos(tmp_path / "photos", each=1)
     train.main(train_args(tmp_path, "--steps", "1", "--report", "20"))
-    assert "no quality report: photos has 1 of 3 pictures in the class left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no quality report: photos has 1 of 3 pictures in the class left" in said
     assert load(tmp_path)["step"] == 1
 
 
@@ -249,13 +274,16 @@ def test_files_where_folders_should_be_and_a_full_disk(photos, tmp_path, capsys,
 
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(train, "log_line", full)                           # as the log's own write would
+    monkeypatch.setattr(train, "log_line", full)                      # as the log's own write would
     fails(capsys, 1, "the disk: No space left on device", train_args(tmp_path, "--steps", "2"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: training and resuming on one")
+@pytest.mark.skipif(not torch.cuda.is_available(),
+                    reason="needs a GPU: training and resuming on one")
 def test_training_on_a_gpu(photos, tmp_path):
     for steps in ("10", "20"):
-        train.main(train_args(tmp_path, "--steps", steps, "--device", "cuda", "--dtype", "bfloat16"))
-    log = [json.loads(line) for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
+        train.main(train_args(tmp_path, "--steps", steps, "--device", "cuda", "--dtype",
+                              "bfloat16"))
+    log = [json.loads(line)
+           for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"]

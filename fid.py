@@ -19,7 +19,6 @@ import contextlib
 import json
 import math
 import os
-import struct
 import sys
 import textwrap
 import warnings
@@ -137,8 +136,8 @@ def open_npz(path):
         if not keys & {"arr_0", "mu"}:
             raise UserError(f"{path} has neither arr_0 (pictures) nor mu and sigma (statistics), "
                             f"but {sorted(keys)}")
-        wanted = keys & {"mu", "sigma", "mu_s", "sigma_s", "labels", "recipe"}
-        read = {key: np.asarray(file[key]) for key in wanted}
+        wanted = keys & {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "recipe"}
+        read = {key: np.asarray(file[key]) for key in wanted}    # whole: the zip's sums are checked
     if "recipe" in read:                                      # sample.py's, or ours of statistics
         made_by = json.loads(str(read["recipe"]))
         found.recipe["made_by"] = made_by if isinstance(made_by, dict) else {"recipe": made_by}
@@ -152,39 +151,20 @@ def open_npz(path):
                                 f"{sigma.shape}")
             found.statistics[space] = mu, sigma
     if "arr_0" in keys:
-        array = map_array(path, "arr_0")
+        array = read["arr_0"]
         picture = array.ndim == 4 and array.shape[3] == 3
         if array.dtype != np.uint8 or not picture or 0 in array.shape:
             raise UserError(f"{path}: arr_0 must be pictures, uint8 (N, H, W, 3), not "
                             f"{array.dtype} {array.shape}")
         found.n, height, width, _ = array.shape
         found.load = lambda indices: torch.from_numpy(        # (b, H, W, 3) -> (b, 3, H, W)
-            np.asarray(array[list(indices)])).permute(0, 3, 1, 2)
+            array[list(indices)]).permute(0, 3, 1, 2)
         found.recipe |= {"n": found.n, "size": [height, width]}
     if "labels" in read and len(read["labels"]):
         counts = np.unique(read["labels"], return_counts=True)[1]
         found.recipe |= {"classes": len(counts),
                          "pictures_a_class": f"{counts.min()} to {counts.max()}"}
     return found
-
-
-def map_array(path, key):
-    """npz[key], mapped, not read, if not compressed: 50,000 pictures are 10 GB, in each process."""
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo(f"{key}.npy")
-        with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            if member.compress_type != zipfile.ZIP_STORED or version != (1, 0):
-                return np.load(path)[key]
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            header = file.tell()
-    if dtype.hasobject or 0 in shape:                         # cannot be mapped; will be refused
-        return np.empty(shape, dtype)
-    with open(path, "rb") as file:
-        file.seek(member.header_offset + 26)
-        name, extra = struct.unpack("<HH", file.read(4))      # lengths in the zip's local header
-    start = member.header_offset + 30 + name + extra + header
-    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -668,8 +648,9 @@ def shares(labels, n):
     return torch.cat([i[:-(-n * len(i) // len(labels))] for i in of_classes]).sort().values
 
 
-# Features that make no FID: name -> (training pictures, labels, device) -> networks by space.
-NETWORKS = {}
+# Features that make no FID: name -> their spaces; (training pictures, labels, device) -> networks.
+SPACES, NETWORKS = {}, {}
+SPACES |= {"toy": ["classifier", "pixels"], "lite0": ["lite0"]}  # laptop
 NETWORKS["toy"] = lambda images, labels, device: toy.networks(images, labels)  # laptop
 NETWORKS["lite0"] = lambda images, labels, device: lite0.networks(device)  # laptop
 
@@ -778,14 +759,11 @@ def main(argv=None):
     if args.save_stats and Path(args.save_stats).exists():
         raise UserError(f"{args.save_stats} is there already: remove it or give another name")
     sets = [find_set(name, args.data_dir, rank) for name in (args.A, args.B) if name]
+    metrics = args.metrics or SPACES.get(args.features) or (
+        ["fid", "sfid"] if args.save_stats else ["fid", "is"] if sets[0].load else ["fid"])
     setting = {"rank": rank, "world": world, "device": device, "batch_size": args.batch_size}
-    if args.features in NETWORKS:
-        numbers, made_with, notes = score_small(args.features, sets, setting)
-    else:
-        metrics = args.metrics or (["fid", "sfid"] if args.save_stats else
-                                   ["fid", "is"] if sets[0].load else ["fid"])
-        features, made_with, notes = inception_features(
-            sets, metrics, args.pipeline, args.inception_weights, args.data_dir, setting)
+    features, made_with, notes = measure_sets(sets, metrics, args.features, args.pipeline,
+                                              args.inception_weights, args.data_dir, setting)
     if rank > 0:
         return
     for note in notes:
@@ -794,12 +772,10 @@ def main(argv=None):
         save_statistics(args.save_stats, sets[0], made_with)
         return print(f"{args.save_stats}: mu, sigma, mu_s, sigma_s of {sets[0].n:,} pictures of "
                      f"{args.A}; {words(made_with)}")
-    if args.features not in NETWORKS:
-        numbers = {}
-        with naming(*sets):
-            for metric in metrics:
-                numbers |= score(metric, sets, features, made_with)
+    numbers = {}
     with naming(*sets):
+        for metric in metrics:
+            numbers |= score(metric, args.features, sets, features, made_with)
         if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
             raise ValueError(f"{wrong[0]} is {numbers[wrong[0]]}")
     report(sets, numbers, made_with, notes, f"{world} x {device.type}", vars(args))
@@ -814,32 +790,15 @@ def naming(*sets):
         raise UserError(f"{' and '.join(s.path for s in sets)}: {error}") from error
 
 
-def score_small(kind, sets, setting):
-    """Frechet distances in a network's spaces, fitted on B -> numbers, what made them, notes."""
-    if without := [s.path for s in sets if not s.load]:
-        raise UserError(f"{without[0]} has no pictures, only statistics of Inception's features")
-    with first_process_first(setting["rank"]):
-        networks = NETWORKS[kind](None, None, setting["device"])
-    spaces, numbers = [Features(*item) for item in networks.items()], {}
-    A, B = (measure(s, spaces, [], list(networks), **setting)[1] for s in sets)
-    for space in spaces:
-        name = f"{kind} Frechet distance" + f", {space.name}" * (space.name != kind)
-        a, b = A[space.name].cpu(), B[space.name].cpu()
-        with naming(*sets):
-            space.fit(b)
-            numbers[name] = frechet_of_features(space.project(b), space.project(a))
-    return numbers, {"network": f"{kind}'s, principal components of B"}, []
-
-
-def inception_features(sets, metrics, pipeline, weights, data_dir, setting):
+def measure_sets(sets, metrics, kind, pipeline, weights, data_dir, setting):
     """Gives both sets the statistics that the metrics need -> rows of features of each set, what
-    the features were made with, notes."""
+    the features were made with, notes. kind: of small networks, or None."""
     A, B, rank = sets[0], sets[-1], setting["rank"]
     needs = []                                                # of each set: statistics, rows
     for s in sets:
-        statistics = [space for metric, space in FRECHET.items()
-                      if metric in metrics and space not in s.statistics]
-        rows = [ROWS[m] for m in metrics if m in ROWS and (m != "is" or s is A)]
+        statistics = [FRECHET[m] for m in metrics if m in FRECHET]
+        statistics = [space for space in statistics if space not in s.statistics]
+        rows = [ROWS.get(m, m) for m in metrics if m not in FRECHET and (m != "is" or s is A)]
         if (statistics or rows) and not s.load:
             raise UserError(f"{s.path} has no pictures, only statistics of "
                             f"{' and '.join(s.statistics)} features: {','.join(metrics)} cannot be "
@@ -849,7 +808,8 @@ def inception_features(sets, metrics, pipeline, weights, data_dir, setting):
         pipeline, *(s.made_with.get("pipeline") for s in (B, A)),
         *(s.presumed_pipeline for s in (B, A)), "pytorch"]))
     spaces = {space for pair in needs for some in pair for space in some}
-    extractors, made_with = load_extractors(spaces, pipeline, weights, rank, setting["device"])
+    extractors, made_with = load_extractors(spaces, kind, pipeline, weights, rank,
+                                            setting["device"])
     for key in ("pipeline", "weights_sha256"):
         values = {made[key] for made in (made_with, A.made_with, B.made_with) if key in made}
         if len(values) > 1:
@@ -881,8 +841,13 @@ def inception_features(sets, metrics, pipeline, weights, data_dir, setting):
     return features, made_with, notes
 
 
-def load_extractors(spaces, pipeline, weights, rank, device):
+def load_extractors(spaces, kind, pipeline, weights, rank, device):
     """The networks that give these feature spaces, and what makes their features."""
+    if kind in NETWORKS:
+        with first_process_first(rank):
+            networks = NETWORKS[kind](None, None, device)
+        made_with = {"network": f"{kind}'s, principal components of B"}
+        return [Features(name, network) for name, network in networks.items()], made_with
     extractors, made_with = [], {}
     if spaces - {"clip"}:
         path = weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(WEIGHTS["url"]).name
@@ -907,8 +872,13 @@ def save_statistics(path, pictures, made_with):
         np.savez(file, **arrays, recipe=recipe)
 
 
-def score(metric, sets, features, made_with):
+def score(metric, kind, sets, features, made_with):
     """-> {name: number}. Only Inception's features by the official weights make an FID."""
+    if kind in NETWORKS:
+        a, b = (rows[metric].cpu() for rows in features)
+        space = Features(metric, None).fit(b)
+        name = f"{kind} Frechet distance" + f", {metric}" * (metric != kind)
+        return {name: frechet_of_features(space.project(b), space.project(a))}
     made = (made_with, *(s.made_with for s in sets))          # as far as it is known
     official = {m.get("weights_sha256", WEIGHTS["sha256"]) for m in made} == {WEIGHTS["sha256"]}
     ending = "" if official else ", unofficial weights"

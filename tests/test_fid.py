@@ -656,6 +656,17 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):
         assert status == 1 and name in error and word in error
 
 
+def test_a_damaged_npz_is_found(weights_file, tmp_path, capsys):
+    """One bit of one pixel: the zip's checksum knows."""
+    save_npz(tmp_path / "a.npz", 12)
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a.npz").write_bytes(data)
+    weights = ["--inception-weights", weights_file]
+    status, error = fail([tmp_path / "a.npz", tmp_path / "a.npz", *weights], capsys)
+    assert status == 1 and "a.npz cannot be read as an npz (Bad CRC-32" in error
+
+
 def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pictures = save_npz("good.npz", 4)
@@ -689,7 +700,7 @@ def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
             ("none.npz", "good.npz", 1, "none.npz: arr_0"),
             ("float.npz", "good.npz", 1, "float.npz: arr_0 must be pictures, uint8 (N, H, W, 3), not float64"),
             ("good.npz", "planes.npz", 1, "planes.npz: arr_0"),
-            ("objects.npz", "good.npz", 1, "objects.npz: arr_0"),
+            ("objects.npz", "good.npz", 1, "objects.npz cannot be read as an npz (Object arrays"),
             ("good.npz", "half.npz", 1, "half.npz: mu and sigma"),
             ("good.npz", "odd.npz", 1, "odd.npz: mu and sigma"),
             ("large.npz", "small.npz", 1, "large.npz and small.npz: statistics of 2048 and of 64 features"),

@@ -1,4 +1,4 @@
-"""What every script needs: one-line errors, processes, whole files, keyed randomness, one table."""
+"""What every script needs: one-line errors, processes, whole files, keyed randomness, a table."""
 import argparse
 import contextlib
 import errno
@@ -37,7 +37,10 @@ def user_errors(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(argv)
+            result = main(argv)
+            with contextlib.suppress(RuntimeError):           # another failed, and says so itself
+                barrier()   # or gloo's threads, not yet done with tensors, could deadlock below
+            return result
         except UserError as error:
             text, status = f"error: {error}", 2 if str(error).startswith("--") else 1
         except OSError as error:
@@ -191,6 +194,18 @@ def load_tensors(path, complaint):
         raise UserError(f"{path} {complaint} ({one_line(error)})") from error
 
 
+def load_checkpoint(path):
+    """What train.py saved, on the CPU: a dict of tensors and plain values."""
+    if not Path(path).exists():
+        raise UserError(f"there is no checkpoint at {path}")
+    complaint = "is not a checkpoint of train.py"
+    checkpoint = load_tensors(path, complaint)
+    for key in ("model", "ema", "optimizer", "step", "args", "classes", "rae"):
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise UserError(f"{path} {complaint} (there is no {key!r})")
+    return checkpoint
+
+
 def load_renamed(module, state, renamings):
     """Strictly loads tensors that have other names. ValueError names what is wrong.
 
@@ -232,7 +247,7 @@ def from_hub(repo, file, revision=None, fetch=True):
         except Exception as error:                            # the Hub's client has many kinds
             if isinstance(error, OSError) and error.errno in DISK_REFUSES:
                 raise
-            reason = one_line(error)
+            reason = one_line(error, 500)
     return None, reason
 
 
@@ -305,8 +320,8 @@ def resize(images, size):
     return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:150]
+def one_line(error, most=150):
+    return " ".join(str(error).split())[:most]
 
 
 def table_text(rows, formats=None):

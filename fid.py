@@ -43,13 +43,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 from tqdm import tqdm
 
-from common import (ArgumentParser, UserError, file_hash, first_process_first, from_first, from_hub,
-                    hash_of, load_tensors, number, one_line, resize, setup, table_text, to_float,
-                    to_uint8, user_errors, write_json, write_whole)
+from common import (ArgumentParser, UserError, file_hash, first_process_first, from_first,
+                    from_hub, hash_of, load_checkpoint, load_tensors, number, one_line, resize,
+                    setup, table_text, to_float, to_uint8, user_errors, write_json, write_whole)
 from data import IMAGE_SIZE, download, load_dataset, picture_files, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
 from rae import load_rae, picture_sides
-from sample import draw, load_checkpoint, load_denoiser, sampling_settings
+from sample import draw, load_denoiser, sampling_settings
 
 WEIGHTS = dict(url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                    "pt_inception-2015-12-05-6726825d.pth", size=95_628_359,

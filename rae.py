@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ArgumentParser, UserError, barrier, first_process_first, free_bytes, from_first,
-                    from_hub, hash_of, keyed_generator, load_renamed, load_tensors, setup, to_float,
-                    to_uint8, user_errors, verify, write_json, write_whole)
+from common import (ArgumentParser, UserError, barrier, first_process_first, free_bytes,
+                    from_first, from_hub, hash_of, keyed_generator, load_checkpoint, load_renamed,
+                    load_tensors, setup, to_float, to_uint8, user_errors, verify, write_json,
+                    write_whole)
 from data import centre_crop, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
 from model import sincos_2d
@@ -508,9 +509,8 @@ def main(argv=None):
     for file, path in zip(args.images, paths):
         if path.resolve() == Path(file).resolve():
             raise UserError(f"--out: {path} is the picture itself, and would be overwritten")
-    device, source = setup(args.device)[2], "dinov2-b"
-    if args.ckpt:
-        source = load_tensors(args.ckpt, "is not a checkpoint of train.py")["rae"]
+    device = setup(args.device)[2]
+    source = load_checkpoint(args.ckpt)["rae"] if args.ckpt else "dinov2-b"
     rae = load_rae(source, device, args.weights_dir)
     values = []
     for file, path in zip(args.images, paths):

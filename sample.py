@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import sphere
 from common import (ArgumentParser, UserError, autocast, barrier, first_process_first,
-                    keyed_generator, load_tensors, number, setup, to_uint8, user_errors,
+                    keyed_generator, load_checkpoint, number, setup, to_uint8, user_errors,
                     write_whole)
 from model import SiT_models
 from rae import load_rae
@@ -37,18 +37,6 @@ def newest_checkpoint(root="out"):
         raise UserError(f"there is no run in {root}/ to sample from: train one (python train.py) "
                         "or name it by --ckpt")
     return found[-1]
-
-
-def load_checkpoint(path):
-    """What train.py saved, on the CPU: a dict of tensors and plain values."""
-    if not Path(path).exists():
-        raise UserError(f"there is no checkpoint at {path}")
-    complaint = "is not a checkpoint of train.py"
-    checkpoint = load_tensors(path, complaint)
-    for key in ("model", "ema", "optimizer", "step", "args", "classes", "rae"):
-        if not isinstance(checkpoint, dict) or key not in checkpoint:
-            raise UserError(f"{path} {complaint} (there is no {key!r})")
-    return checkpoint
 
 
 def load_denoiser(checkpoint, ema, device):

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 import sphere
 from common import (ArgumentParser, UserError, autocast, first_process_first, global_batch,
-                    keyed_generator, number, peak_memory_gb, save_tensors, setup, user_errors,
-                    write_json, write_whole)
+                    keyed_generator, load_checkpoint, number, peak_memory_gb, save_tensors, setup,
+                    user_errors, write_json, write_whole)
 from data import IMAGE_SIZE, load_dataset
 from fid import default_features, held_out_set, quality_report, report_text
 from laptop import lite0, toy  # laptop
 from model import SiT_models
 from rae import open_latents, open_rae, picture_sides
-from sample import draw, load_checkpoint, picture_grid, predict, sampling_settings
+from sample import draw, picture_grid, predict, sampling_settings
 
 # ---- Settings ------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ OF_VECTORS = {torch.ops.aten.mv: lambda a, *_, **__: 2 * math.prod(a),
               torch.ops.aten.dot: lambda a, *_, **__: 2 * math.prod(a),
               torch.ops.aten.addmv: lambda bias, a, *_, **__: 2 * math.prod(a)}
 # Any other operation with such a name may hide products, and so may one that is not torch's own.
-SUSPICIOUS = re.compile("mm_?$|mv_?$|dot$|addr|conv|attention|linear|linalg|dist|fft|rnn|lstm|gru")
+SUSPICIOUS = re.compile("mm_?$|mv_?$|dot$|addr|conv|attention|linear|linalg|solve|cholesky|qr$|svd|"
+                        "eig|dist|fft|rnn|lstm|gru")
 HARMLESS = re.compile("upsample")                             # bilinear interpolation
 
 

@@ -45,7 +45,7 @@ PAPER = dict(
     reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,        # low or both: unclear
     cfg=1.0, gamma=1.0, sampling_noise="fresh", sample_steps=4,    # gamma, fresh or same: not given
     sigma=None, sigma_scale=1.0,                        # sampling starts at scale * tan(alpha_max)
-    log_every=50, sample_every=2000, save_every=1000, report=0, rae_patch=16)
+    log_every=50, sample_every=2000, save_every=1000, report=500, rae_patch=16)
 PRESETS = {
     # FID at 2, 4, 6 steps: 12.22, 8.61, 7.85. The guidance is not given: Sphere Encoder's.
     "flowers": dict(PAPER, epochs=2000, cfg=1.6),
@@ -118,7 +118,7 @@ def parse_args(argv):
     add("--sample-every", type=number(int, 1), help="steps between grids of samples")
     add("--save-every", type=number(int, 1), help="steps between checkpoints")
     add("--report", type=number(int, 0),
-        help="pictures a row of the quality report at the end; 0: none, fid.py makes it")
+        help="pictures a row of the quality report at the end; 0: none (fid.py makes it, too)")
     add = parser.add_argument_group("sampling (the grids; sample.py starts from it)").add_argument
     add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
     add("--sampling-noise", choices=("fresh", "same"), help="new at each step, or the first again")

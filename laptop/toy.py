@@ -19,7 +19,7 @@ SETTINGS = dict(
     rae="toy", model="SiT-T/1", image_size=64, batch_size=64, steps=1500, lr=2e-3, warmup_steps=50,
     decay_last=0.3, clip=1.0, ema_decay=[0.995, 0.98], alpha_max=75.0, cfg=1.2, gamma=1.5,
     sampling_noise="same", sigma_scale=5 / math.tan(math.radians(75)), dtype="float32",
-    sample_every=500, save_every=500, report=500)
+    sample_every=500, save_every=500)
 # 3 x 3 patches put the flower into the middle one.
 SETTINGS_OF_FLOWERS = dict(image_size=60, rae_patch=20, steps=2000, report=1000)
 

@@ -583,6 +583,8 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
     and sampler(indices, labels, steps=steps) -> uint8. Where test_set is None the training pictures
     stand in for held-out ones. Of the training pictures `most` are taken. UserError: too few.
     """
+    if features not in NETWORKS:                              # in a fork without laptop/
+        raise UserError(f"there are no features called {features} here")
     kind, test_set = ("held-out", test_set) if test_set else ("training", train_set)
     for some in (test_set, train_set):
         counts = torch.bincount(some.labels, minlength=len(train_set.classes))

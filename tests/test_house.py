@@ -52,7 +52,10 @@ def test_laptop_can_be_deleted(tmp_path):
         (tmp_path / path.name).write_text("\n".join(kept) + "\n")
         assert not re.search(r"\b(toy|lite0)\.\w|import.* laptop|laptop\.", "\n".join(kept)), path
     code = ("import data, fid, flops, rae, sample, train; args = train.parse_args([]); "
-            "print(args.dataset, args.rae, args.alpha_max, rae.picture_sides(args.rae, 256))")
+            "print(args.dataset, args.rae, args.alpha_max, rae.picture_sides(args.rae, 256))\n"
+            "try: fid.quality_report(None, None, None, None)\n"
+            "except fid.UserError as error: print(error)")
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                            text=True)
-    assert found.stdout == "flowers dinov2-b 85.0 (256, 1)\n", found.stderr
+    assert found.stdout == ("flowers dinov2-b 85.0 (256, 1)\n"
+                            "there are no features called lite0 here\n"), found.stderr

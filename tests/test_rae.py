@@ -265,6 +265,17 @@ def test_reconstruct(trained, tmp_path, capsys):
         assert stop.value.code == status and message in error and error.count("\n") == 1
 
 
+def test_reconstruct_never_writes_over_a_picture(trained, tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        rae_script.main(["reconstruct", str(tmp_path / "a.png"), "--out", str(tmp_path),
+                         "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "would be overwritten" in error and error.count("\n") == 1
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
 def test_encode_fills_the_cache_that_training_reads(photos, tmp_path, capsys):
     import train
     from conftest import train_args

@@ -116,7 +116,10 @@ def open_folder(path):
     files, others = picture_files(path)
     if not files:
         raise UserError(f"{path} has no pictures in it or below it")
-    listing = [f"{os.path.relpath(file, path)} {os.stat(file).st_size}" for file in files]
+    try:
+        listing = [f"{os.path.relpath(file, path)} {os.stat(file).st_size}" for file in files]
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: does the link lead nowhere?") from error
     recipe = {"folder": str(path), "n": len(files), "names_and_sizes_sha256": hash_of(listing)}
     if others:
         recipe["other_files_left_out"] = others

@@ -78,14 +78,15 @@ def draw(denoiser, rae, indices, labels, seed, steps, null_class, batch_size=50,
     batches = []
     for part, y in zip(indices.split(batch_size), labels.split(batch_size)):
         predictions = []
-        sphere.sample(denoiser, (len(part), *rae.latent_shape), y.to(rae.device), steps,
-                      null_class=null_class, trajectory=predictions, **settings,
-                      generator=[keyed_generator("sample", seed, int(i)) for i in part])
-        if not predictions[-1].isfinite().all():
+        z = sphere.sample(denoiser, (len(part), *rae.latent_shape), y.to(rae.device), steps,
+                          null_class=null_class, trajectory=predictions if trajectory else None,
+                          generator=[keyed_generator("sample", seed, int(i)) for i in part],
+                          **settings)
+        if not z.isfinite().all():
             raise UserError("the sampled latents are not finite: try less guidance, or the float32 "
                             "of --device cpu")
-        shown = predictions if trajectory else predictions[-1:]
-        batches.append(torch.stack([to_uint8(rae.decode(z)).cpu() for z in shown]))
+        shown = predictions if trajectory else [z]
+        batches.append(torch.stack([to_uint8(rae.decode(latents)).cpu() for latents in shown]))
     frames = torch.cat(batches, dim=1)
     return frames if trajectory else frames[0]
 

@@ -671,8 +671,9 @@ def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pictures = save_npz("good.npz", 4)
     save_npz("one.npz", 1)
-    for folder in ("empty", "texts", "broken"):
+    for folder in ("empty", "texts", "broken", "dangling"):
         Path(folder).mkdir()
+    Path("dangling/a.png").symlink_to("nowhere.png")
     Path("texts/notes.txt").write_text("no picture")
     Path("broken/a.png").write_text("no picture either")
     Path("text.npz").write_text("no npz")
@@ -693,6 +694,7 @@ def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
             ("texts", "good.npz", 1, "texts has no pictures"),
             ("good.npz", "broken", 1, "broken/a.png cannot be read as a picture"),
             ("nowhere", "good.npz", 1, "nowhere does not exist"),
+            ("dangling", "good.npz", 1, "dangling/a.png is missing"),
             ("photo.jpg", "good.npz", 1, "photo.jpg is neither"),
             ("text.npz", "good.npz", 1, "text.npz is neither"),
             ("cut.npz", "good.npz", 1, "cut.npz is neither"),

@@ -9,7 +9,12 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import sys
+import threading
+import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,37 +29,107 @@ import torch.nn.functional as F
 class UserError(Exception):
     """What the user can mend: shown as one line. Bugs keep their traceback."""
 
+    def __init__(self, text, status=None):
+        super().__init__(text)
+        self.status = status or (2 if text.startswith("--") else 1)       # 2 as argparse has it
 
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+DISK_REFUSES = [getattr(errno, name, None) for name in (
+    "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG ENAMETOOLONG ELOOP EIO".split())]
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
+store = None                                                  # which all processes see
 
 
 def user_errors(main):
     """Decorator of every main(argv=None): an expected error is one line and a non-zero exit.
 
-    A UserError whose text begins with a flag is about the command line: 2, as argparse has it.
-    Other UserErrors and a disk that refuses: 1. Ctrl-C: 130.
+    A UserError whose text begins with a flag is about the command line: 2. Other UserErrors, a disk
+    that refuses, no memory: 1. Ctrl-C: 130, SIGTERM: 143. Of many processes the first one speaks,
+    as the others' errors follow from it.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
+        received = []
+
+        def stop(signum, frame):
+            received.append(signum)
+            raise KeyboardInterrupt
+
+        for stream in (sys.stdout, sys.stderr):               # any terminal shows any name
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")
         try:
-            result = main(argv)
-            with contextlib.suppress(RuntimeError):           # another failed, and says so itself
-                barrier()   # or gloo's threads, not yet done with tensors, could deadlock below
-            return result
-        except UserError as error:
-            text, status = f"error: {error}", 2 if str(error).startswith("--") else 1
-        except OSError as error:
-            if error.errno not in DISK_REFUSES:
+            with on_signals(stop):
+                result = main(argv)
+                flush()
+                with contextlib.suppress(RuntimeError):       # another failed, and says so itself
+                    barrier()   # or gloo's threads, not yet done with tensors, could deadlock below
+                return result
+        except BrokenPipeError:                               # of `| head`: it has seen enough
+            no_more_output()
+            raise SystemExit(141) from None
+        except (Exception, KeyboardInterrupt) as error:
+            text, status = explain(error, received)
+            speaks = first_to_fail()
+            if speaks and not text:
                 raise
-            text, status = f"error: {error.filename or 'the disk'}: {error.strerror}", 1
-        except KeyboardInterrupt:
-            text, status = "interrupted; what is on the disk is whole", 130
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        if speaks:
+            print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
         raise SystemExit(status)
     return wrapped
+
+
+def explain(error, signals=()):
+    """-> the line that an error is worth, None for a bug, and the exit status."""
+    if isinstance(error, UserError):
+        return f"error: {error}", error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what is on the disk is whole", 128 + (signals or [signal.SIGINT])[0]
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+        return f"error: {error.filename or 'the disk'}: {error.strerror}", 1
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        return "error: out of memory: lower --batch-size, or raise --accumulate of train.py", 1
+    return None, 1
+
+
+def flush():
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        no_more_output()
+        raise UserError(f"the standard output cannot be written: {error.strerror}") from error
+
+
+def no_more_output():
+    """Or Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def on_signals(handler):
+    """Ctrl-C and SIGTERM call handler(signum, frame)."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler)
+              for signum in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    try:
+        yield
+    finally:
+        for signum, former in before.items():
+            signal.signal(signum, former)
+
+
+def first_to_fail():
+    if store is None:
+        return True
+    try:
+        return store.add("failed", 1) == 1
+    except RuntimeError:                                      # the one that keeps it is gone
+        return False
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -69,17 +144,21 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=self.Help, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        if os.environ.get("RANK", "0") == "0":                # the others read the same
+            print(f"{self.prog}: error: {one_line(message, 400)} (--help lists the flags)",
+                  file=sys.stderr)
+        raise SystemExit(2)
 
 
-def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: a finite int or float from low to high."""
+def number(kind, low=-math.inf, high=None):
+    """An argparse type: an int or a float from low to high (by default 10^9, or 10^38)."""
+    high = high or (10 ** 9 if kind is int else 1e38)
+
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = (f"from {low} to {high}" if high < math.inf else
-                      f"{low} or more" if low > -math.inf else "finite")
-            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        if not low <= value <= high:                          # nor is NaN
+            bound = f"{high} or less" if value > high else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {one_line(text, 30)}")
         return value
     parse.__name__ = kind.__name__                            # argparse says "invalid int value"
     return parse
@@ -89,18 +168,20 @@ def number(kind, low=-math.inf, high=math.inf):
 
 def setup(device="auto"):
     """-> rank, world, torch.device; joins the process group if torchrun started others."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    global store
+    rank, world, local = torchrun_environment()
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("there are cpu, cuda (ROCm's, too) and mps")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+        why = one_line(str(error).splitlines()[0])
         raise UserError(f"--device {device} cannot be used here: {why}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -108,9 +189,41 @@ def setup(device="auto"):
             print("one GPU of several is used; this takes them all: "
                   f"torchrun --nproc-per-node gpu {' '.join(sys.argv)}", file=sys.stderr)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3))        # while rank 0 downloads
+        try:
+            store = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))[0]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"the {world} processes of WORLD_SIZE do not come together "
+                            f"({one_line(error)}): unset RANK, WORLD_SIZE and LOCAL_RANK, or start "
+                            "with torchrun") from error
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(hours=3))  # rank 0 downloads
     return rank, world, device
+
+
+def torchrun_environment():
+    """-> rank, world, local rank, as torchrun tells them; 0, 1, 0 of a process alone."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        return 0, 1, 0
+    try:
+        rank, world, local = (int(given[name]) for name in names)
+        if world > 1 and not (os.environ["MASTER_ADDR"]
+                              and 0 < int(os.environ["MASTER_PORT"]) < 65536):
+            raise ValueError
+        if not 0 <= rank < world or local < 0:
+            raise ValueError
+        return rank, world, local
+    except (KeyError, ValueError):
+        raise UserError(f"the environment has {given}, which torchrun would not set without valid "
+                        f"{', '.join(names)}, MASTER_ADDR and MASTER_PORT: unset "
+                        f"{' '.join(given)}, or start with torchrun") from None
+
+
+def say(*words):
+    """print, in one process of all."""
+    if not (dist.is_initialized() and dist.get_rank()):
+        print(*words, flush=True)
 
 
 def barrier():
@@ -150,13 +263,39 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def physical_memory():
+    """Bytes of the machine, as far as it tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 # ---- Files ---------------------------------------------------------------------------------------
+
+def part_of(path):
+    """A temporary path beside `path`, whose name says which process writes it."""
+    path = Path(path)
+    return path.with_name(f".part-{os.getpid()}-{socket.gethostname()}-{path.name[-40:]}")
+
+
+def sweep(folder):
+    """Removes the temporary files of this machine's processes that are no more."""
+    for part in Path(folder).glob(".part-*"):
+        mine = re.match(rf"\.part-(\d+)-{re.escape(socket.gethostname())}-", part.name)
+        if mine and os.name == "posix":
+            try:
+                os.kill(int(mine[1]), 0)                      # no signal: is it there?
+            except ProcessLookupError:
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            except (PermissionError, OverflowError):
+                pass
+
 
 @contextlib.contextmanager
 def write_whole(path):
     """Yields a temporary path beside `path`, renamed at the end: nobody meets half a file."""
-    path = Path(path)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    path, part = Path(path), part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -182,28 +321,63 @@ def write_json(path, value):
 def save_tensors(path, state):
     with write_whole(path) as part, open(part, "wb") as file:
         torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())                               # before it takes the old one's place
 
 
 def load_tensors(path, complaint):
     """What torch.save wrote, on the CPU; else UserError, e.g. `path` "is not a checkpoint"."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        if not Path(path).is_file():
+            raise ValueError("no such file")
+        if zipfile.is_zipfile(path):                          # torch.load never looks at the sums
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                # no zip, no tensors, a pickle
         raise UserError(f"{path} {complaint} ({one_line(error)})") from error
 
 
-def load_checkpoint(path):
-    """What train.py saved, on the CPU: a dict of tensors and plain values."""
-    if not Path(path).exists():
-        raise UserError(f"there is no checkpoint at {path}")
-    complaint = "is not a checkpoint of train.py"
-    checkpoint = load_tensors(path, complaint)
-    for key in ("model", "ema", "optimizer", "step", "args", "classes", "rae"):
-        if not isinstance(checkpoint, dict) or key not in checkpoint:
-            raise UserError(f"{path} {complaint} (there is no {key!r})")
-    return checkpoint
+def first_not_finite(tensors):
+    """The name of a tensor of nested dicts that has a NaN or an infinity; None if there is none."""
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            if found := first_not_finite(value):
+                return f"{name} {found}"
+        elif isinstance(value, torch.Tensor) and not value.isfinite().all():
+            return str(name)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps other runs out of a folder, as long as this process lives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl                                      # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing there: wait for its end, or give "
+                            "another --out-dir") from None
+        except (ImportError, OSError) as error:
+            print(f"note: {folder} cannot be locked ({error}): start no second run there")
+        yield
+
+
+def reserve(path):
+    """The disk's room for all of a sparse file: if it is full that is an error now, no crash."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
+def folder_by_hash(root, name, manifest):
+    """root/NAME-HASH of what a manifest says; if there is one of another name, that."""
+    digest = hash_of(manifest)[:12]
+    return next(Path(root).glob(f"[!.]*-{digest}"), Path(root) / f"{name[-80:]}-{digest}")
 
 
 def load_renamed(module, state, renamings):
@@ -320,8 +494,13 @@ def resize(images, size):
     return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
 
 
+def printable(text):
+    """Names come from files: nothing in them may steer a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def one_line(error, most=150):
-    return " ".join(str(error).split())[:most]
+    return printable(" ".join(str(error).split())[:most])
 
 
 def table_text(rows, formats=None):

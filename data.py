@@ -9,6 +9,7 @@
 A data set has `name`, `classes` (names, the index is the label), `labels` (N,), `recipe` (what
 makes its pixels; the cache of latents is named by it) and `load(indices)` -> uint8 (b, 3, S, S).
 """
+import contextlib
 import hashlib
 import http.client
 import json
@@ -16,21 +17,25 @@ import os
 import re
 import shutil
 import ssl
+import stat
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from common import UserError, free_bytes, verify, write_json
+from common import (UserError, file_hash, free_bytes, hash_of, one_line, part_of, printable, say,
+                    sweep, verify, write_json)
 from laptop.toy import ToyFlowers  # laptop
 
 # The data sets that have a name, and the side in pixels that training and scoring bring them to.
@@ -41,13 +46,15 @@ IMAGE_SIZE["toy"] = 60  # laptop
 def load_dataset(name, image_size, min_side=1, root="datasets", split="all", skip_bad=False):
     """A data set by name or by folder, at image_size pixels.
 
-    root: the folder of what is downloaded; split: train, val, test or all, of flowers. Pictures
-    that cannot be read or have a side under min_side are an error, or with skip_bad left out and
-    counted.
+    root: the folder of what is downloaded, and of what is remembered of files; split: train, val,
+    test or all, of flowers. Pictures that cannot be read or have a side under min_side are an
+    error, or with skip_bad left out and counted.
     """
     name, root = str(name), Path(root)
     if split != "all" and name != "flowers":
         raise UserError(f"--split {split}: only flowers has splits, {name} has one")
+    if name in IMAGE_SIZE and os.path.isdir(name):
+        say(f"note: {name} is the data set of this name, not the folder beside: write ./{name}")
     if name == "toy":  # laptop
         return ToyFlowers(image_size)  # laptop
     crop = adm_crop if name == "imagenet" else centre_crop
@@ -62,58 +69,64 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     else:
         raise UserError(f"--dataset: no data set is called {name!r} and no folder of that name is "
                         "here; use toy, flowers, animal-faces, imagenet or a PATH")
-    return Pictures(name, *found, image_size, crop, min_side, root / "bad" if skip_bad else None)
+    return Pictures(name, *found, image_size, crop, min_side, root, skip_bad)
+
+
+def describe(dataset):
+    """The classes with their counts, and what was left out: a wrong folder shows here."""
+    counts = torch.bincount(dataset.labels, minlength=len(dataset.classes)).tolist()
+    all_of_them = [f"{printable(name)} {n:,}" for name, n in zip(dataset.classes, counts)]
+    text = f"{len(counts)} class{'es' * (len(counts) != 1)}: {', '.join(all_of_them[:10])}"
+    if len(counts) > 10:
+        least, most = counts.index(min(counts)), counts.index(max(counts))
+        text += f", ...; smallest {all_of_them[least]}, largest {all_of_them[most]}"
+    left_out = getattr(dataset, "left_out", None)
+    return text + (f"; left out: {count_of(left_out)}" if left_out else "")
+
+
+def count_of(left_out):
+    return ", ".join(f"{n:,} {printable(kind)}" for kind, n in sorted(left_out.items()))
 
 
 # ---- Picture files -------------------------------------------------------------------------------
 
 class Pictures:
-    """files (N,) under folder, with labels (N,) into classes; crop(picture, S) makes a square."""
+    """files (N,) under folder, with labels (N,) into classes; crop(picture, S) makes a square.
 
-    def __init__(self, name, folder, files, labels, classes, image_size, crop, min_side=1,
-                 bad_folder=None):
-        self.name, self.folder, self.files, self.classes = name, Path(folder), files, classes
-        self.labels = torch.as_tensor(labels, dtype=torch.long)
-        self.image_size, self.crop, self.min_side = image_size, crop, min_side
-        listing = self._listing()
-        if bad_folder:
-            bad = self._bad(bad_folder / f"{name}-{min_side}-{listing[:12]}.json")
-            good = [i for i, file in enumerate(files) if file not in bad]
-            self.files, self.labels = [files[i] for i in good], self.labels[good]
-            if bad and not (dist.is_initialized() and dist.get_rank()):
-                print(f"--skip-bad: {len(bad)} of {len(files)} pictures of {name} are left out, "
-                      f"{min(bad)} first")
-            listing = self._listing()
+    sums (N,): the sha256 of each file; left_out: {kind: how many} of the folder's other files.
+    """
+
+    def __init__(self, name, folder, files, labels, classes, left_out, image_size, crop, min_side=1,
+                 root="datasets", skip_bad=False):
+        self.name, self.folder, self.classes, self.left_out = name, Path(folder), classes, left_out
+        self.image_size, self.crop, self.min_side, self.skip_bad = (
+            image_size, crop, min_side, skip_bad)
+        found, path = contents(self.folder, files, root, check=skip_bad)
+        good, bad = [], {}
+        for i, (file, (_, digest, side)) in enumerate(zip(files, found)):
+            if digest is None or isinstance(side, str):
+                bad[file] = side
+            elif side is not None and side < min_side:
+                bad[file] = f"{self.folder / file} has a side of {side} pixels, under {min_side}"
+            else:
+                good.append(i)
+        if bad and not skip_bad:
+            raise UserError(f"{next(iter(bad.values()))}; or use --skip-bad")
+        if bad:
+            say(f"--skip-bad: {len(bad)} of {len(files)} pictures of {printable(name)} are left "
+                f"out, all in {path}: {one_line(next(iter(bad.values())), 300)}")
+        self.files, self.sums = [files[i] for i in good], [found[i][1] for i in good]
+        self.labels = torch.as_tensor(labels, dtype=torch.long)[good]
+        digest = hashlib.sha256()
+        for file, label, of_file in zip(self.files, self.labels.tolist(), self.sums):
+            digest.update(f"{file!r} {classes[label]!r} {of_file}\n".encode())
         for label, count in enumerate(torch.bincount(self.labels, minlength=len(classes))):
             if not count:
                 raise UserError(f"class {classes[label]} of {folder} has no pictures: put some in")
-        self.recipe = {"dataset": name, "n": len(self.files), "image_size": image_size,
-                       "crop": crop.__name__, "files": listing}
-
-    def _listing(self):
-        """A hash of all names and sizes."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            try:
-                digest.update(f"{file} {os.stat(self.folder / file).st_size}\n".encode())
-            except FileNotFoundError:
-                raise UserError(f"{self.folder / file} is missing: if it came out of an archive, "
-                                f"remove {self.folder} to unpack that again") from None
-        return digest.hexdigest()
-
-    def _bad(self, path):
-        """The files that cannot be read. All are read once; what was found is kept at path."""
-        if not path.exists():
-            def error_of(file):
-                try:
-                    self._read(file)
-                except UserError as error:
-                    return str(error)
-            with ThreadPoolExecutor() as pool:
-                errors = list(tqdm(pool.map(error_of, self.files), total=len(self.files),
-                                   desc="checking", leave=False))
-            write_json(path, {f: error for f, error in zip(self.files, errors) if error})
-        return set(json.loads(path.read_text()))
+        # A folder may be renamed: its pictures are what they were.
+        self.recipe = {"dataset": name if name in IMAGE_SIZE else "folder", "n": len(self.files),
+                       "image_size": image_size, "crop": crop.__name__,
+                       "contents": digest.hexdigest()}
 
     def load(self, indices):
         with ThreadPoolExecutor() as pool:                    # PIL lets go of the GIL
@@ -121,15 +134,66 @@ class Pictures:
         return torch.stack([to_tensor(picture) for picture in pictures])
 
     def _read(self, file):
+        advice = "" if self.skip_bad else "; or use --skip-bad"
         try:
             picture = read_picture(self.folder / file)
         except UserError as error:
-            raise UserError(f"{error}; or use --skip-bad") from error
+            raise UserError(f"{error}{advice}") from error
         if min(picture.size) < self.min_side:
             raise UserError(f"{self.folder / file} is {picture.width} x {picture.height}, smaller "
-                            f"than the {self.min_side} pixels of which the autoencoder makes one: "
-                            "remove it, or use --skip-bad")
+                            f"than the {self.min_side} pixels of which the autoencoder makes one"
+                            f"{advice}")
         return self.crop(picture, self.image_size)
+
+
+def contents(folder, files, root, check=False):
+    """-> [stamp, sha256, side] of each file, and the path at which they are remembered.
+
+    As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
+    side: of a picture that was checked, in pixels, or what is wrong with it, a text.
+    """
+    name = f"{folder.name[-40:]}-{hash_of(str(folder.resolve()))[:12]}.json"
+    path, known = Path(root) / "contents" / name, {}
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(path.read_text())
+            known = kept["files"] if kept["sha256"] == hash_of(kept["files"]) else {}
+        if not known:
+            say(f"{path} is damaged: the pictures are read anew")
+    reader = f"Pillow {PIL.__version__}"
+
+    def look(file):
+        try:
+            status = os.stat(folder / file)
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            former, digest, side, checked_by = known.get(file, [None] * 4)
+            if former != stamp:
+                digest, side = file_hash(folder / file), None
+            if check and (side is None or checked_by != reader):
+                try:
+                    side = min(read_picture(folder / file).size)
+                except UserError as error:
+                    side = str(error)
+            return stamp, digest, side
+        except OSError as error:
+            why = "is a link that leads nowhere" if os.path.islink(folder / file) else "is missing"
+            if not isinstance(error, FileNotFoundError):
+                why = f"cannot be read ({error.strerror})"
+            return None, None, f"{folder / file} {why}"
+
+    with ThreadPoolExecutor() as pool:
+        found = list(tqdm(pool.map(look, files), total=len(files), desc=f"reading {folder}",
+                          leave=False, delay=1))
+    # What changed a moment ago may change again within the same tick of the clock.
+    settled = time.time_ns() - 2 * 10 ** 9
+    new = {file: [stamp, digest, side, reader] for file, (stamp, digest, side) in zip(files, found)
+           if stamp and stamp[2] < settled}
+    if new != known:
+        try:
+            write_json(path, {"sha256": hash_of(new), "files": new})
+        except UserError as error:
+            say(f"note: {error}; each start will read all pictures")
+    return found, path
 
 
 def to_tensor(picture):
@@ -137,56 +201,135 @@ def to_tensor(picture):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+Image.init()
+FORMATS = [name for name in "JPEG MPO PNG WEBP TIFF BMP GIF PPM AVIF JPEG2000 TGA".split()
+           if name in Image.OPEN]                             # PIL knows others, some run programs
+ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+SYSTEM = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "__macosx",
+          "__pycache__", "system volume information")
+
+
+def is_hidden(name):
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
 def picture_files(folder):
-    """-> the pictures below a folder, sorted, and how many other files are there.
+    """-> the pictures below a folder, sorted, and {kind: how many} of what else is there.
 
-    A picture has the ending of a format that PIL reads. Hidden files and folders are left out;
-    links are followed, each folder once; a folder that cannot be read is an OSError.
+    A picture is a file with the ending of one of FORMATS. Hidden and system files and folders are
+    left out; links are followed, but nothing is taken twice. A folder that cannot be read is an
+    OSError, a link to nothing a UserError, or a picture for whoever reads it.
     """
-    def refuse(error):
-        raise error
+    pictures, left_out, seen, folders, links = [], Counter(), set(), [os.fspath(folder)], []
 
-    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    pictures, others, seen = [], 0, set()
-    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
+    def take(path, is_file):
+        ending = os.path.splitext(path)[1].lower()
+        if is_file and ending in ENDINGS:
+            pictures.append(path)
+        else:
+            left_out[(ending or "without ending") if is_file else "that are no files"] += 1
+
+    while folders or links:
+        if folders:                                           # what is there itself goes first
+            where = folders.pop()
+            status = os.stat(where)
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(where) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    if entry.is_symlink():
+                        links.append(entry.path)
+                    elif entry.is_dir():
+                        folders.append(entry.path)
+                    else:
+                        seen.add((status.st_dev, entry.inode()))
+                        take(entry.path, entry.is_file())
+            links.sort(reverse=True)
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = [name for name in names if not name.startswith(".")]
-        found = [name for name in files if os.path.splitext(name)[1].lower() in endings]
-        pictures += [os.path.join(where, name) for name in found]
-        others += len(files) - len(found)
-    return sorted(pictures), others
+        link = links.pop()
+        try:
+            status = os.stat(link)
+        except OSError as error:                              # to nothing, or in a circle
+            if os.path.splitext(link)[1].lower() not in ENDINGS:
+                raise UserError(f"{link} is a link that leads nowhere ({error.strerror}): mend "
+                                "it") from error
+            take(link, True)
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            left_out["links to what is there already"] += 1
+        elif stat.S_ISDIR(status.st_mode):
+            folders.append(link)
+        else:
+            seen.add((status.st_dev, status.st_ino))
+            take(link, stat.S_ISREG(status.st_mode))
+    return sorted(pictures), left_out
 
 
-def read_picture(file, as_pytorch_fid=False):
-    """A picture in RGB, upright, what is transparent laid on white. UserError names a bad file.
-
-    as_pytorch_fid: converted to RGB and nothing else, as published FIDs were made: the orientation
-    flag, transparency and what 8 bits cannot hold are lost.
-    """
+@contextlib.contextmanager
+def open_picture(file):
+    """PIL's picture. Whatever goes wrong with it is a UserError that names the file."""
     try:
-        with Image.open(file) as picture:
-            if as_pytorch_fid:
-                return picture.convert("RGB")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):                  # 16-bit grey, which convert() clips
-                grey = np.asarray(picture)
-                if grey.min() < 0 or grey.max() > 65535:
-                    raise ValueError(f"grey values from {grey.min()} to {grey.max()}, "
-                                     "more than 16 bits")
-                picture = Image.fromarray((grey / 257).round().astype(np.uint8))
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # PIL's
-        raise UserError(f"{file} cannot be read as a picture ({error}): "
-                        "repair or remove it") from error
+        if not os.path.isfile(file):                          # a pipe would wait for ever
+            raise ValueError("there is no such file")
+        with Image.open(file, formats=FORMATS) as picture:
+            yield picture
+    except Exception as error:                                # PIL raises many kinds
+        raise UserError(f"{file} cannot be read as a picture ({one_line(error)}): repair "
+                        "it") from error
+
+
+def read_picture(file):
+    """A picture as it is meant: RGB, upright, what is transparent laid on white."""
+    with open_picture(file) as picture:
+        return upright_rgb(picture)
+
+
+# The EXIF orientation -> what makes it upright.
+UPRIGHT = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), start=2))
+
+
+def is_plain(picture):
+    """Would convert("RGB") lose nothing: no orientation, no transparency, no more than 8 bits?"""
+    picture.load()                                            # some formats tell it at the end only
+    return not (picture.getexif().get(0x0112) in UPRIGHT or picture.mode[0] in "IF"
+                or {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info)
+
+
+def upright_rgb(picture):
+    layout = picture.tile[0][3] if picture.tile else None     # of a PNG: how its bits are packed
+    if is_plain(picture):
+        return picture.convert("RGB")
+    turn, clear = UPRIGHT.get(picture.getexif().get(0x0112)), picture.info.get("transparency")
+    if clear is not None and layout == "RGB;16B":
+        raise ValueError("one of its 16-bit colours is clear: save it in 8 bits")
+    if isinstance(clear, int) and layout in ("L;2", "L;4"):   # PIL scales pixels only
+        picture.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[layout]
+    if picture.mode[0] in "IF":
+        grey = np.asarray(picture)
+        if not has_16_bits(picture):
+            raise ValueError(f"grey values from {grey.min():g} to {grey.max():g}, and nothing says "
+                             "which is white: save it in 8 or 16 bits")
+        eight = (grey / 257).round().astype(np.uint8)         # convert() would clip
+        if clear is not None:
+            eight[grey == clear] = 255
+        picture = Image.fromarray(eight)
+    elif {"A", "a"} & set(picture.getbands()) or clear is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    return picture if turn is None else picture.transpose(turn)
+
+
+def has_16_bits(picture):
+    """Grey from 0, black, to 65535, white? In a TIFF there may be fewer bits, or more."""
+    if picture.format == "TIFF":
+        bits, black_is_zero = picture.tag_v2.get(258), picture.tag_v2.get(262) == 1
+        return picture.mode.startswith("I;16") and bits == (16,) and black_is_zero
+    return picture.mode.startswith("I")
 
 
 def centre_crop(picture, image_size):
@@ -208,26 +351,77 @@ def adm_crop(picture, image_size):
     return picture.crop((left, top, left + image_size, top + image_size))
 
 
-# ---- Where the files are: (folder, files, labels, classes) of each data set ----------------------
+# ---- Where the files are: (folder, files, labels, classes, left_out) of each data set ------------
+
+# Names of folders that are parts of a data set, or other pictures of the same, and no classes.
+SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval)[\d_\-ab]*", re.I)
+PART = re.compile(r"(image|img|jpegimage|mask|label|annotation|segmentation|edge|depth|thumbnail)s?"
+                  r"[\d_\-]*", re.I)
+SHARD = re.compile(r"\d{5}/(img)?\d{5,8}\.\w+")
+
 
 def class_folders(folder):
-    """folder/CLASS/**/picture; classes in alphabetical order."""
+    """folder/CLASS/**/picture, classes in alphabetical order; or the labels of dataset.json."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {found}: --dataset needs a folder with one folder of pictures "
                         "for each class")
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] != ".")
+    paths, left_out = picture_files(folder)
+    files = [os.path.relpath(path, folder) for path in paths]
+    if (folder / "dataset.json").exists():
+        return folder, files, *labels_of_json(folder / "dataset.json", files), left_out
+    loose = [file for file in files if os.sep not in file]
+    left_out += Counter({"pictures in no class folder": len(loose)} if loose else {})
+    files = [file for file in files if os.sep in file]
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name))
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of[file.split(os.sep)[0]] for file in files]
+    counts = Counter(labels)
     if not classes:
         raise UserError(f"{folder} has no class folders: put the pictures into {folder}/CLASS/ "
                         "(one class is enough)")
-    files, labels = [], []
+    refuse_what_are_no_classes(folder, classes, files)
     for label, name in enumerate(classes):
-        found = picture_files(folder / name)[0]
-        if not found:
-            raise UserError(f"{folder / name} has no pictures: put some in")
-        files += [os.path.relpath(file, folder) for file in found]
-        labels += [label] * len(found)
-    return folder, files, labels, classes
+        if not counts[label]:
+            there = count_of(picture_files(folder / name)[1]) or "nothing at all"
+            raise UserError(f"{folder / name} has no pictures of a format that is read here "
+                            f"({there}): convert them, put some in, or move it elsewhere")
+    return folder, files, labels, classes, left_out
+
+
+def refuse_what_are_no_classes(folder, classes, files):
+    inside = sorted({file.split(os.sep)[1] for file in files if file.count(os.sep) > 1})
+    nested = all(file.count(os.sep) > 1 for file in files)
+    for kind in (SPLIT, PART):
+        parts = [name for name in classes if kind.fullmatch(name)]
+        if len(parts) > 1 or parts == classes and kind is SPLIT and inside:
+            raise UserError(f"{folder} holds {', '.join(parts[:5])}, which are parts of a data set "
+                            f"and no classes: give one of them, as {folder / parts[0]}")
+    if len(classes) == 1 and nested and len(inside) > 1:
+        say(f"note: {printable(folder)} holds one folder, and that holds "
+            f"{printable(', '.join(inside[:5]))}: if those are the classes, give "
+            f"{printable(folder / classes[0])}")
+    if files and all(SHARD.fullmatch(file.replace(os.sep, "/")) for file in files):
+        raise UserError(f"{folder} holds {', '.join(classes[:3])}, shards and no classes, and no "
+                        "dataset.json with labels: put the pictures into one folder a class")
+
+
+def labels_of_json(path, files):
+    """EDM's and StyleGAN's {"labels": [[file, number], ...]} -> labels of the files, classes."""
+    try:
+        of_file = {os.path.normpath(file): number
+                   for file, number in json.loads(path.read_bytes())["labels"]}
+        if wrong := [number for number in of_file.values() if type(number) is not int]:
+            raise ValueError(f"a label is {one_line(wrong[0], 20)}, no number")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'{path} does not hold {{"labels": [[file, number], ...]}} '
+                        f"({one_line(error)}): mend it, or move it elsewhere if the folders are "
+                        "the classes") from error
+    if different := sorted(set(files) ^ set(of_file)):
+        raise UserError(f"{path} has labels of {len(of_file)} pictures, {len(files)} are there; "
+                        f"{len(different)} are only in one of both, {different[0]} first: mend it")
+    numbers = sorted(set(of_file.values()))
+    return [numbers.index(of_file[file]) for file in files], [str(number) for number in numbers]
 
 
 # Sizes in bytes. The MD5 sums are those that torchvision checks.
@@ -270,7 +464,10 @@ def oxford_flowers(folder, split):
     numbers = sorted(int(i) for key in keys.get(split, ["trnid", "valid", "tstid"])
                      for i in splits[key][0])
     files = [f"image_{i:05d}.jpg" for i in numbers]
-    return folder / "jpg", files, [int(labels[i - 1]) for i in numbers], FLOWERS_CLASSES
+    if missing := [file for file in files if not (folder / "jpg" / file).exists()]:
+        raise UserError(f"{folder / 'jpg' / missing[0]} is missing: remove {folder / 'jpg'} to "
+                        "unpack that again")
+    return folder / "jpg", files, [int(labels[i - 1]) for i in numbers], FLOWERS_CLASSES, {}
 
 
 # AFHQ (version 1) of StarGAN v2, whose authors publish no checksum; size and sum are those found in
@@ -311,7 +508,7 @@ def download(url, path, size=None, sha256=None, md5=None):
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     by_hand = f"or put the file at {path} by hand"
-    if not have or have != size:
+    if not have or have != size:                              # else it only lacks its name
         headers = {"User-Agent": "sphere-latent-encoder"}
         if have:
             headers["Range"] = f"bytes={have}-"
@@ -332,7 +529,7 @@ def download(url, path, size=None, sha256=None, md5=None):
                         have += file.write(block)
                         bar.update(len(block))
         except urllib.error.HTTPError as error:
-            if error.code == 416:                             # no more: not a part of this file
+            if error.code == 416 and have:                    # no more: not a part of this file
                 part.unlink()
                 return download(url, path, size, sha256, md5)
             raise UserError(f"{url} cannot be fetched ({error}): try later, {by_hand}") from error
@@ -360,7 +557,8 @@ def unpack(archive, folder, name):
             raise tarfile.FilterError(f"{member.name} is a link or a device")
         return tarfile.data_filter(member, path)
 
-    part = folder / f".part-{os.getpid()}-{name}"
+    part = part_of(folder / name)
+    sweep(folder)
     print(f"unpacking {archive}", flush=True)
     try:
         if archive.suffix == ".zip":                          # makes no links, keeps names inside
@@ -372,7 +570,7 @@ def unpack(archive, folder, name):
         if not (part / name).is_dir():
             raise UserError(f"{archive} has no folder {name}: it is another archive than expected")
         (part / name).rename(folder / name)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it "
                         "again") from error
     finally:

@@ -23,7 +23,6 @@ import sys
 import textwrap
 import warnings
 import zipfile
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,11 +43,13 @@ from torchvision.models.inception import BasicConv2d, Inception3
 from tqdm import tqdm
 
 from common import (ArgumentParser, UserError, file_hash, first_process_first, from_first,
-                    from_hub, hash_of, load_checkpoint, load_tensors, number, one_line, resize,
-                    setup, table_text, to_float, to_uint8, user_errors, write_json, write_whole)
-from data import IMAGE_SIZE, download, load_dataset, picture_files, read_picture, to_tensor
+                    from_hub, hash_of, load_tensors, number, one_line, physical_memory, printable,
+                    resize, say, setup, table_text, to_float, to_uint8, user_errors, write_json,
+                    write_whole)
+from data import (IMAGE_SIZE, count_of, download, is_plain, load_dataset, open_picture,
+                  picture_files, to_tensor, upright_rgb)
 from laptop import lite0, toy  # laptop
-from rae import load_rae, picture_sides
+from rae import load_checkpoint, load_rae, picture_sides
 from sample import draw, load_denoiser, sampling_settings
 
 WEIGHTS = dict(url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -78,11 +79,16 @@ class PictureSet:
     load: Callable = None                               # indices -> uint8 (b, 3, H, W), or a list
     statistics: dict = field(default_factory=dict)      # space -> (mu, sigma)
     is_dataset: bool = False
+    unlike: set = field(default_factory=set)            # what pytorch-fid reads otherwise: numbers
+    notes: list = field(default_factory=list)
 
     @property
     def made_with(self):
         """What the features of statistics made here are, as far as their file says so."""
-        return self.recipe.get("made_by", {}).get("features", {})
+        features = self.recipe.get("made_by", {}).get("features")
+        known = features if isinstance(features, dict) else {}
+        return {key: known[key] for key in ("pipeline", "weights_sha256")
+                if isinstance(known.get(key), str)}
 
     @property
     def presumed_pipeline(self):
@@ -90,7 +96,7 @@ class PictureSet:
         return "tensorflow" if "spatial" in self.statistics and not self.made_with else None
 
 
-def find_set(name, data_dir, rank):
+def find_set(name, data_dir, rank, as_pytorch_fid=False):
     """A data set's name, a folder or an npz -> PictureSet. UserError: nothing to score."""
     path = Path(name)
     if name in IMAGE_SIZE:
@@ -101,39 +107,61 @@ def find_set(name, data_dir, rank):
                                   is_dataset=True)
             path = download(path=Path(data_dir) / Path(ADM["url"]).name, **ADM)   # as everybody
     if path.is_dir():
-        return open_folder(path)
+        return open_folder(path, as_pytorch_fid)
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder, an npz or a data set's name")
-    if not zipfile.is_zipfile(path):
+    if not path.is_file() or not zipfile.is_zipfile(path):
         raise UserError(f"{path} is neither a folder nor an npz (nor the name of a data set)")
-    try:
-        return open_npz(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an npz ({one_line(error)})") from error
+    return open_npz(path)
 
 
-def open_folder(path):
-    files, others = picture_files(path)
+def open_folder(path, as_pytorch_fid=False):
+    """Pictures are read as training reads them (data.upright_rgb), or by PIL's convert alone."""
+    files, left_out = picture_files(path)
     if not files:
-        raise UserError(f"{path} has no pictures in it or below it")
+        raise UserError(f"{path} has no pictures in it or below it ({count_of(left_out)})")
     try:
         listing = [f"{os.path.relpath(file, path)} {os.stat(file).st_size}" for file in files]
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: does the link lead nowhere?") from error
-    recipe = {"folder": str(path), "n": len(files), "names_and_sizes_sha256": hash_of(listing)}
-    if others:
-        recipe["other_files_left_out"] = others
+    recipe = {"folder": str(path), "n": len(files), "names_and_sizes_sha256": hash_of(listing),
+              "read": "as pytorch-fid does" if as_pytorch_fid else "as in training"}
+    if left_out:
+        recipe["left_out"] = count_of(left_out)
+    found = PictureSet(str(path), recipe, len(files))
+
+    def read(i):
+        with open_picture(files[i]) as picture:
+            image = to_tensor(picture.convert("RGB") if as_pytorch_fid else upright_rgb(picture))
+            if not is_plain(picture):
+                found.unlike.add(i)
+            return image
 
     def load(indices):
         with ThreadPoolExecutor() as pool:                    # PIL lets go of the GIL
-            images = list(pool.map(lambda i: to_tensor(read_picture(files[i], True)), indices))
+            images = list(pool.map(read, indices))
         return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
-    return PictureSet(str(path), recipe, len(files), load)
+    found.load = load
+    return found
 
 
 def open_npz(path):
+    try:
+        return read_npz(path)
+    except UserError:
+        raise
+    except Exception as error:                                # a file may hold anything
+        raise UserError(f"{path} cannot be read as an npz ({one_line(error)})") from error
+
+
+def read_npz(path):
     found = PictureSet(str(path), {"npz": str(path)})
+    with zipfile.ZipFile(path) as file:
+        size, memory = sum(info.file_size for info in file.infolist()), physical_memory()
+        if size > memory:
+            raise UserError(f"{path} takes {size / 1e9:,.1f} GB of memory, and here are "
+                            f"{memory / 1e9:,.1f}")
     with np.load(path) as file:
         keys = set(file.files)
         if not keys & {"arr_0", "mu"}:
@@ -142,8 +170,13 @@ def open_npz(path):
         wanted = keys & {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "recipe"}
         read = {key: np.asarray(file[key]) for key in wanted}    # whole: the zip's sums are checked
     if "recipe" in read:                                      # sample.py's, or ours of statistics
-        made_by = json.loads(str(read["recipe"]))
-        found.recipe["made_by"] = made_by if isinstance(made_by, dict) else {"recipe": made_by}
+        text = str(read["recipe"])
+        with contextlib.suppress(ValueError, RecursionError):
+            made_by = json.loads(text) if text.count("{") + text.count("[") < 100 else None
+            if isinstance(made_by, dict):
+                found.recipe["made_by"] = made_by
+        if "made_by" not in found.recipe:
+            found.notes.append(f"{path}: its recipe is not one of sample.py or of --save-stats")
     for space, end in ENDING.items():
         if f"mu{end}" in keys:
             mu, sigma = (read.get(f"{name}{end}", np.zeros(0)) for name in ("mu", "sigma"))
@@ -152,7 +185,15 @@ def open_npz(path):
                 raise UserError(f"{path}: mu{end} and sigma{end} must be floats of shapes (d,) and "
                                 f"(d, d), not {mu.dtype} {mu.shape} and {sigma.dtype} "
                                 f"{sigma.shape}")
-            found.statistics[space] = mu, sigma
+            mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+            off, largest = (np.abs(a).max(initial=0) for a in (sigma - sigma.T, sigma))
+            if not np.isfinite(mu).all() or not off <= 1e-4 * largest:        # nor is NaN
+                raise UserError(f"{path}: mu{end} or sigma{end} is not finite, or sigma{end} not "
+                                "symmetric")
+            if off > 1e-8 * largest:
+                found.notes.append(f"{path}: sigma{end} is symmetric to {off / largest:.0e} only, "
+                                   "as in float32: the mean of both halves is taken")
+            found.statistics[space] = mu, (sigma + sigma.T) / 2
     if "arr_0" in keys:
         array = read["arr_0"]
         picture = array.ndim == 4 and array.shape[3] == 3
@@ -573,6 +614,9 @@ def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world
             sums[space].all_reduce()
         for features in kept.values():
             dist.all_reduce(features)                         # a row is zero in all but one
+        found = [None] * world
+        dist.all_gather_object(found, pictures.unlike)
+        pictures.unlike.update(*found)
     return sums, kept
 
 
@@ -680,12 +724,17 @@ def report_of_run(path, held_out, features, data_dir, batch_size, device):
     test_set = held_out_set(run["dataset"], rae.image_size)
     if held_out:
         test_set = load_dataset(held_out, *sides, data_dir, skip_bad=run["skip_bad"])
-        if test_set.recipe.get("files") == train_set.recipe.get("files"):
-            raise UserError(f"{held_out} holds the training pictures of the run: give others, of "
-                            "the same classes")
         if test_set.classes != classes:
             raise UserError(f"{held_out} has the classes {', '.join(test_set.classes)[:100]}, not "
                             f"the run's, {', '.join(classes)[:100]}")
+        known = set(getattr(train_set, "sums", ()))
+        n = sum(of_file in known for of_file in getattr(test_set, "sums", ()))
+        if n == len(test_set.labels):
+            raise UserError(f"{held_out} holds training pictures of the run, and no others: give "
+                            "others, of the same classes")
+        if n:
+            print(f"fid.py: warning: {n} of {len(test_set.labels)} pictures of {held_out} are "
+                  "training pictures of the run", file=sys.stderr)
     denoiser, _ = load_denoiser(checkpoint, "first", device)
     sampler = partial(draw, denoiser, rae, seed=run["seed"], null_class=len(classes),
                       batch_size=batch_size, **sampling_settings(run))
@@ -726,17 +775,22 @@ def parse_args(argv):
         "(default: inception; for a run toy if it has the toy's autoencoder, else lite0)")
     add("--pipeline", choices=tuple(InceptionV3.PIPELINES), help="resize and scale as pytorch-fid, "
         "or as ADM and torch-fidelity do (default: as the statistics of B were made, else pytorch)")
+    add("--as-pytorch-fid", action="store_true", help="read pictures of a folder as pytorch-fid "
+        "does: without their orientation and transparency, 16 bits clipped to 8")
     add("--save-stats", metavar="FILE", help="write the statistics of A into a new npz, and end")
     add("--inception-weights", metavar="FILE", help="by hand, where they cannot be fetched")
     add("--json", action="store_true", help="print one JSON object: the numbers and their recipe")
-    add("--batch-size", type=number(int, 1), default=50, help="pictures at once in a process")
+    add("--batch-size", type=number(int, 1, 10 ** 6), default=50,
+        help="pictures at once in a process")
     add("--data-dir", default="datasets", help="where data sets and their statistics go")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    special = args.metrics or args.save_stats or args.pipeline or args.inception_weights
+    special = (args.metrics or args.save_stats or args.pipeline or args.inception_weights
+               or args.as_pytorch_fid)
     if special and (args.features in NETWORKS or args.A.endswith(".pt")):
-        parser.error("--metrics, --save-stats, --pipeline and --inception-weights are for FID: a "
-                     "run's report and --features have numbers of their own")
+        parser.error("--metrics, --save-stats, --pipeline, --as-pytorch-fid and "
+                     "--inception-weights are for FID: a run's report and --features have numbers "
+                     "of their own")
     if args.save_stats and (args.B or args.metrics):
         parser.error("--save-stats keeps what fid and sfid need of A: leave out B and --metrics")
     if not (args.B or args.save_stats or args.metrics == "is" or args.A.endswith(".pt")):
@@ -744,7 +798,7 @@ def parse_args(argv):
     args.metrics = args.metrics.split(",") if args.metrics else None
     for name in args.metrics or ():
         if name not in METRICS:
-            parser.error(f"--metrics {name}: there are {','.join(METRICS)}")
+            parser.error(f"--metrics {one_line(name, 30)}: there are {','.join(METRICS)}")
     if args.A.endswith(".pt") and args.features == "inception":
         parser.error(f"--features inception: a run's report has {' or '.join(NETWORKS)}")
     return args
@@ -763,7 +817,8 @@ def main(argv=None):
         return
     if args.save_stats and Path(args.save_stats).exists():
         raise UserError(f"{args.save_stats} is there already: remove it or give another name")
-    sets = [find_set(name, args.data_dir, rank) for name in (args.A, args.B) if name]
+    sets = [find_set(name, args.data_dir, rank, args.as_pytorch_fid)
+            for name in (args.A, args.B) if name]
     metrics = args.metrics or SPACES.get(args.features) or (
         ["fid", "sfid"] if args.save_stats else ["fid", "is"] if sets[0].load else ["fid"])
     setting = {"rank": rank, "world": world, "device": device, "batch_size": args.batch_size}
@@ -772,7 +827,7 @@ def main(argv=None):
     if rank > 0:
         return
     for note in notes:
-        print(f"fid.py: warning: {note}", file=sys.stderr)
+        print(f"fid.py: warning: {printable(note)}", file=sys.stderr)
     if args.save_stats:
         save_statistics(args.save_stats, sets[0], made_with)
         return print(f"{args.save_stats}: mu, sigma, mu_s, sigma_s of {sets[0].n:,} pictures of "
@@ -809,9 +864,13 @@ def measure_sets(sets, metrics, kind, pipeline, weights, data_dir, setting):
                             f"{' and '.join(s.statistics)} features: {','.join(metrics)} cannot be "
                             "had from it")
         needs.append((statistics, rows))
+    asked, notes = pipeline, [note for s in sets for note in s.notes]
     pipeline = next(filter(None, [
         pipeline, *(s.made_with.get("pipeline") for s in (B, A)),
         *(s.presumed_pipeline for s in (B, A)), "pytorch"]))
+    if pipeline not in InceptionV3.PIPELINES:
+        raise UserError(f"statistics of the pipeline {one_line(pipeline, 30)}: there are "
+                        f"{' and '.join(InceptionV3.PIPELINES)}")
     spaces = {space for pair in needs for some in pair for space in some}
     extractors, made_with = load_extractors(spaces, kind, pipeline, weights, rank,
                                             setting["device"])
@@ -820,9 +879,13 @@ def measure_sets(sets, metrics, kind, pipeline, weights, data_dir, setting):
         if len(values) > 1:
             raise UserError(f"{A.path} and {B.path}: the features have different {key}, "
                             f"{' and '.join(sorted(values))}: make the statistics anew")
-    notes = [f"{s.path} has ADM's keys: its features are likely of the pipeline "
-             f"{s.presumed_pipeline}, not {pipeline}"
-             for s in sets if extractors and s.presumed_pipeline not in (None, pipeline)]
+    for s in sets if "pipeline" in made_with else ():
+        if s.presumed_pipeline not in (None, pipeline):
+            notes.append(f"{s.path} has ADM's keys: its features are likely of the pipeline "
+                         f"{s.presumed_pipeline}, not {pipeline}")
+        elif s.statistics and not s.made_with and not s.presumed_pipeline and not asked:
+            notes.append(f"{s.path} does not say how its features were made: the pipeline "
+                         f"{pipeline} is supposed; if they are ADM's: --pipeline tensorflow")
 
     features = []
     for s, (statistics, rows) in zip(sets, needs):
@@ -831,12 +894,20 @@ def measure_sets(sets, metrics, kind, pipeline, weights, data_dir, setting):
             key = hash_of([s.recipe, made_with["pipeline"], made_with["weights_sha256"]])[:16]
             cache = Path(data_dir) / "statistics" / f"{s.path}-{key}.npz"
             statistics = ["pool", "spatial"]
-            if from_first(cache.exists()):
-                s.statistics, s.recipe["statistics_from"] = open_npz(cache).statistics, str(cache)
+            try:
+                kept = open_npz(cache).statistics if cache.exists() else None
+            except UserError as error:
+                kept = say(f"{error}: the statistics are made anew")
+            if kept := from_first(kept):
+                s.statistics, s.recipe["statistics_from"] = kept, str(cache)
                 cache, statistics = None, []
         sums, kept = measure(s, extractors, statistics, rows, **setting) if statistics or rows \
             else ({}, {})
         features.append(kept)
+        if unlike := len(s.unlike):
+            notes.append(f"{s.path}: pytorch-fid would read {unlike:,} of {s.n:,} pictures "
+                         "otherwise than training does (they are transparent, to be turned, or of "
+                         f"16 bits); they were read {s.recipe['read']}")
         with warnings.catch_warnings(record=True) as caught, naming(s):
             warnings.simplefilter("always")
             s.statistics |= {space: (found.mean, found.cov) for space, found in sums.items()}
@@ -943,8 +1014,9 @@ def words(recipe):
     def word(value):
         if isinstance(value, dict):
             return f"({words(value)})"
-        return str(value)[:16 if len(str(value)) == 64 else None]
-    return ", ".join(f"{key.replace('_', ' ')} {word(value)}" for key, value in recipe.items())
+        return one_line(value, 16 if len(str(value)) == 64 else 200)
+    return ", ".join(f"{one_line(key, 50).replace('_', ' ')} {word(value)}"
+                     for key, value in recipe.items())
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ weights are fetched once from the Hugging Face Hub. laptop/ makes smaller ones: 
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ArgumentParser, UserError, barrier, first_process_first, free_bytes,
-                    from_first, from_hub, hash_of, keyed_generator, load_checkpoint, load_renamed,
-                    load_tensors, setup, to_float, to_uint8, user_errors, verify, write_json,
-                    write_whole)
+from common import (ArgumentParser, UserError, barrier, first_not_finite, first_process_first,
+                    folder_by_hash, free_bytes, from_first, from_hub, keyed_generator,
+                    load_renamed, load_tensors, one_line, part_of, printable, reserve, say, setup,
+                    sweep, to_float, to_uint8, user_errors, verify, write_json, write_whole)
 from data import centre_crop, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
-from model import sincos_2d
+from model import SiT_models, sincos_2d
 
 # Raise it when code changes what an encoder makes of a picture: latents and decoders that were kept
 # are then made anew.
@@ -275,11 +275,11 @@ def official_files(weights_dir=None):
         if path and Path(path).exists():
             paths[part] = verify(path, f"remove it and fetch {url} again", sha256=sha256)
         else:
-            missing.append(f"  {part}: {Path(file).name} from {url}")
+            missing.append(url)
     if missing:
         raise UserError(f"the official autoencoder lacks {len(missing)} of {len(OFFICIAL_FILES)} "
-                        f"files ({why}). Try again with a network, or put these into a folder by "
-                        "hand and name it by --weights-dir:\n" + "\n".join(missing))
+                        f"files ({why}): try again with a network, or put {' and '.join(missing)} "
+                        "into a folder by hand and name it by --weights-dir")
     return paths
 
 
@@ -353,33 +353,96 @@ def open_rae(name, dataset, image_size, toy_patch=16, seed=0, device="cpu", weig
 def picture_sides(name, image_size, toy_patch=16):
     """-> the side that an autoencoder's pictures are brought to, and the least they may have."""
     if name == "toy":  # laptop
-        return image_size, toy_patch  # laptop
+        return toy.picture_sides(image_size, toy_patch)  # laptop
     if name in lite0.PRETRAINED:  # laptop
-        side = lite0.PRETRAINED[name]["input_size"]  # laptop
-        return max(image_size, side), side // 8  # laptop
+        return lite0.picture_sides(name, image_size)  # laptop
     return image_size, 1
+
+
+# ---- A run's checkpoint --------------------------------------------------------------------------
+
+CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "args": dict,
+              "classes": list, "rae": dict}
+ARGS = {"model": str, "dtype": str, "dataset": str, "split": str, "skip_bad": bool, "seed": int,
+        "rae_patch": int, "sample_steps": int, "ema_decay": list, "pictures": dict,
+        "sampling_noise": str, "cfg": (int, float), "gamma": (int, float), "sigma": (int, float)}
+
+
+def load_checkpoint(path):
+    """What train.py saved, on the CPU: a dict of tensors and plain values, all of it looked at."""
+    if not Path(path).exists():
+        raise UserError(f"there is no checkpoint at {path}")
+    checkpoint = load_tensors(path, "cannot be used: it is not a checkpoint of train.py")
+    try:
+        check_checkpoint(checkpoint)
+    except Exception as error:                                # a file may hold anything
+        raise UserError(f"{path} cannot be used: {one_line(error)}") from error
+    return checkpoint
+
+
+def check_checkpoint(checkpoint):
+    for kinds in (CHECKPOINT, ARGS):
+        values = checkpoint if kinds is CHECKPOINT else checkpoint["args"]
+        for key, kind in kinds.items():
+            if key not in values or not isinstance(values[key], kind):
+                raise ValueError(f"{key!r} is missing, or of another type")
+    args, classes = checkpoint["args"], checkpoint["classes"]
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes are no names")
+    amounts = [args[name] for name in ("cfg", "gamma", "sigma")]
+    if args["dtype"] not in ("float32", "bfloat16") or not all(0 <= x < 1e9 for x in amounts):
+        raise ValueError(f"args have the dtype {args['dtype']}, cfg, gamma and sigma {amounts}")
+    if name := first_not_finite(checkpoint):
+        raise ValueError(f"{name} is not finite")
+
+    C = checkpoint["model"]["x_embedder.weight"].shape[1]
+    side = round(checkpoint["model"]["pos_embed"].shape[1] ** 0.5)
+    with torch.device("meta"):
+        model = SiT_models[args["model"]](input_size=side, in_channels=C, num_classes=len(classes))
+    expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
+    for name, state in (("model", checkpoint["model"]), *checkpoint["ema"].items()):
+        if {key: (value.shape, value.dtype) for key, value in state.items()} != expected:
+            raise ValueError(f"the weights {name} are not those of {args['model']} for "
+                             f"{len(classes)} classes")
+    if not checkpoint["ema"] or list(checkpoint["ema"]) != list(map(str, args["ema_decay"])):
+        raise ValueError(f"averages of {list(checkpoint['ema'])}, not of {args['ema_decay']}")
+    moments = checkpoint["optimizer"]["state"]
+    for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        for key in ("exp_avg", "exp_avg_sq"):
+            if moments[i][key].shape != parameter.shape:
+                raise ValueError(f"the optimizer's {key} {i} has another shape than the weight")
+    if checkpoint["rae"]["name"] != "dinov2-b":
+        shape = load_rae(checkpoint["rae"]).latent_shape
+        if shape != (C, side, side):
+            raise ValueError(f"its autoencoder has latents of {shape}, the model {(C, side, side)}")
 
 
 # ---- Latents of a data set -----------------------------------------------------------------------
 
-def open_latents(dataset, rae, root, cache="auto", rank=0, world=1):
-    """The latents of a run: from a cache in root, encoded in every step, or as the disk allows."""
+def open_latents(dataset, rae, root, cache="auto", rank=0, world=1, flips=True, check=False):
+    """The latents of a run: from a cache in root, encoded in every step, or as the disk allows.
+
+    flips: of mirror images, too; check: the checksums of a large cache, too.
+    """
     fits = cache == "yes"
     if cache == "auto":
-        folder, manifest = cache_of(dataset, rae, root)
+        folder, manifest = cache_of(dataset, rae, root, flips)
         size, free = cache_bytes(manifest), free_bytes(root)
         fits = from_first(folder.exists() or size < 0.9 * free)
-        if not fits and rank == 0:
-            print(f"the latents would take {size / 1e9:,.0f} GB, {root} has {free / 1e9:,.0f} GB "
-                  "free: pictures are encoded in every step (--cache-latents decides otherwise)")
-    return LatentCache(dataset, rae, root, rank, world) if fits else LatentsOnTheFly(dataset, rae)
+        if not fits:
+            say(f"the latents would take {size / 1e9:,.0f} GB, {root} has {free / 1e9:,.0f} GB "
+                "free: pictures are encoded in every step (--cache-latents decides otherwise)")
+    if not fits:
+        return LatentsOnTheFly(dataset, rae)
+    return LatentCache(dataset, rae, root, rank, world, flips, check)
 
 
-def cache_of(dataset, rae, root):
+def cache_of(dataset, rae, root, flips=True):
     """-> folder, manifest. The folder's name holds a hash of the manifest: what makes latents."""
+    shape = [len(dataset.labels), 2 if flips else 1, *rae.latent_shape]
     manifest = {"data": dataset.recipe, "autoencoder": rae.fingerprint(), "dtype": "float16",
-                "chunk": LatentCache.chunk, "shape": [len(dataset.labels), 2, *rae.latent_shape]}
-    return Path(root) / f"{dataset.name}-{rae.name}-{hash_of(manifest)[:12]}", manifest
+                "chunk": LatentCache.chunk, "ticks": "crc32 + 1", "shape": shape}
+    return folder_by_hash(root, f"{dataset.name}-{rae.name}", manifest), manifest
 
 
 def cache_bytes(manifest):
@@ -409,50 +472,81 @@ class LatentsOnTheFly:
 
 
 class LatentCache:
-    """Latents, both flips, float16, memory-mapped: folder/latents.npy (N, 2, C, h, w).
+    """Latents, both flips or one, float16, memory-mapped: folder/latents.npy (N, 2, C, h, w).
 
-    Chunks of pictures are encoded by the processes in turn and ticked off in done.npy: the same
-    command resumes an interrupted encoding, and several runs may fill one cache at the same time,
-    as they write the same values.
+    Chunks of pictures are encoded by the processes in turn and ticked off in done.npy by their
+    checksums: the same command resumes an interrupted encoding, and several runs may fill one cache
+    at the same time, as they write the same values. What is damaged is encoded again.
     """
     chunk = 256                                               # pictures; always the same together
+    small = 8e9                                               # bytes that are checked at each start
 
-    def __init__(self, dataset, rae, root, rank=0, world=1):
-        self.labels = dataset.labels
-        self.folder, manifest = cache_of(dataset, rae, root)
-        if rank == 0 and not self.folder.exists():
-            self._create(manifest)
+    def __init__(self, dataset, rae, root, rank=0, world=1, flips=True, check=False):
+        self.labels, started = dataset.labels, time.perf_counter()
+        self.folder, self.manifest = cache_of(dataset, rae, root, flips)
+        if rank == 0:
+            if self.folder.exists() and (damage := self._damage()):
+                print(f"{self.folder} is damaged ({damage}): it is made anew")
+                shutil.rmtree(self.folder)
+            if not self.folder.exists():
+                self._create()
         barrier()
-        if json.loads((self.folder / "manifest.json").read_text()) != manifest:
-            raise UserError(f"{self.folder} was made with other settings than its name says: "
-                            "remove the folder")
-        self.latents = np.load(self.folder / "latents.npy", mmap_mode="r+")
-        done = np.load(self.folder / "done.npy", mmap_mode="r+")
-        N, started = len(self.labels), time.perf_counter()
-        todo = [range(c * self.chunk, min((c + 1) * self.chunk, N))
-                for c in range(rank, len(done), world) if not done[c]]
+        self.latents, done = self._open("r")
+        N, check = len(self.labels), check or cache_bytes(self.manifest) < self.small
+        mine = range(rank, len(done), world)
+        damaged = [c for c in mine if check and done[c] and done[c] != self._tick(c)]
+        if damaged:
+            print(f"{len(damaged)} of {len(done)} parts of {self.folder} are damaged: encoded anew")
+        todo = [range(c * self.chunk, min((c + 1) * self.chunk, N)) for c in mine
+                if c in damaged or not done[c]]
+        if todo:
+            self.latents, done = self._open("r+")
         n = sum(map(len, todo))
         with tqdm(total=n, desc="encoding", unit=" pictures", disable=rank != 0 or not todo,
                   leave=False) as bar:
             for part in todo:
+                c = part.start // self.chunk
+                done[c] = 0
                 images = dataset.load(part)
-                for flip in (0, 1):
+                for flip in range(self.latents.shape[1]):
                     z = encode_to_half(rae, images.flip(3) if flip else images, part)
                     self.latents[part.start:part.stop, flip] = z.cpu().numpy()
                 self.latents.flush()
-                done[part.start // self.chunk] = True
+                done[c] = self._tick(c)
                 bar.update(len(part))
-        if todo and rank == 0:
+        if todo:
             seconds = time.perf_counter() - started
-            print(f"encoded {n:,} pictures and their mirror images in {seconds:.1f} s, "
-                  f"{n / seconds:.0f} pictures/s" +
-                  f" in each of {world} processes" * (world > 1) + f": {self.folder}")
+            say(f"encoded {n:,} pictures{' and their mirror images' * flips} in {seconds:.1f} s, "
+                f"{n / seconds:.0f} pictures/s" +
+                f" in each of {world} processes" * (world > 1) + f": {self.folder}")
         barrier()
 
-    def _create(self, manifest):
+    def _open(self, mode):
+        files = (self.folder / "latents.npy", self.folder / "done.npy")
+        return [np.load(file, mmap_mode=mode) for file in files]
+
+    def _tick(self, c):
+        return zlib.crc32(self.latents[c * self.chunk:(c + 1) * self.chunk]) + 1      # 0: to do
+
+    def _damage(self):
+        """What is wrong with the files of the cache, but for the latents' values; or None."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+            latents, done = self._open("r")
+            chunks = -(-self.manifest["shape"][0] // self.chunk)
+            if (manifest, list(latents.shape), latents.dtype, done.shape, done.dtype) != (
+                    self.manifest, self.manifest["shape"], np.float16, (chunks,), np.uint64):
+                return "other settings, shapes or types than its name says"
+        except PermissionError:
+            raise
+        except Exception as error:                            # a file may hold anything
+            return one_line(error)
+
+    def _create(self):
         """An empty cache, made elsewhere and renamed: nobody meets half of one."""
-        size, chunks = cache_bytes(manifest), -(-manifest["shape"][0] // self.chunk)
-        part = self.folder.with_name(f".part-{os.getpid()}-{self.folder.name}")
+        shape, size = tuple(self.manifest["shape"]), cache_bytes(self.manifest)
+        part = part_of(self.folder)
+        sweep(part.parent)
         part.mkdir(parents=True)
         try:
             free = free_bytes(part)
@@ -460,10 +554,11 @@ class LatentCache:
                 raise UserError(f"the latents need {size / 1e9:.1f} GB but {part.parent} has "
                                 f"{free / 1e9:.1f} GB free: make room, or encode in every step "
                                 "with --cache-latents no")
-            shape = tuple(manifest["shape"])
-            np.lib.format.open_memmap(part / "latents.npy", "w+", np.float16, shape)
-            np.lib.format.open_memmap(part / "done.npy", "w+", bool, (chunks,))
-            write_json(part / "manifest.json", manifest)
+            for name, dtype, shape in (("latents", np.float16, shape),
+                                       ("done", np.uint64, (-(-shape[0] // self.chunk),))):
+                np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, shape)
+                reserve(part / f"{name}.npy")
+            write_json(part / "manifest.json", self.manifest)
             part.rename(self.folder)
         except OSError:
             if not self.folder.exists():                      # else another run was faster
@@ -507,7 +602,7 @@ def main(argv=None):
         raise UserError("--out: two pictures have the same name, and so would their "
                         "reconstructions: do them one by one")
     for file, path in zip(args.images, paths):
-        if path.resolve() == Path(file).resolve():
+        if path.exists() and Path(file).exists() and path.samefile(file):
             raise UserError(f"--out: {path} is the picture itself, and would be overwritten")
     device = setup(args.device)[2]
     source = load_checkpoint(args.ckpt)["rae"] if args.ckpt else "dinov2-b"
@@ -515,7 +610,7 @@ def main(argv=None):
     values = []
     for file, path in zip(args.images, paths):
         values.append(write_reconstruction(rae, file, path))
-        print(f"{file}: {values[-1]:.2f} dB -> {path}")
+        print(f"{printable(file)}: {values[-1]:.2f} dB -> {printable(path)}")
     if len(values) > 1:
         print(f"mean of {len(values)}: {sum(values) / len(values):.2f} dB")
 

@@ -11,7 +11,7 @@ picture, everywhere, in batches of any size and in any number of processes.
 """
 import contextlib
 import json
-import shutil
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sphere
-from common import (ArgumentParser, UserError, autocast, barrier, first_process_first,
-                    keyed_generator, load_checkpoint, number, setup, to_uint8, user_errors,
-                    write_whole)
+from common import (ArgumentParser, UserError, autocast, barrier, first_process_first, free_bytes,
+                    from_first, keyed_generator, number, one_line, part_of, printable, reserve,
+                    setup, sweep, to_uint8, user_errors, write_whole)
+from data import ENDINGS
 from model import SiT_models
-from rae import load_rae
+from rae import load_checkpoint, load_rae
 
 # ---- A checkpoint --------------------------------------------------------------------------------
 
@@ -46,8 +47,8 @@ def load_denoiser(checkpoint, ema, device):
     if ema == "first":
         ema = available[0]
     if ema != "raw" and ema not in available:
-        raise UserError(f"--ema {ema} is not in this checkpoint: it has {', '.join(available)} "
-                        "and raw")
+        raise UserError(f"--ema {one_line(ema, 30)} is not in this checkpoint: it has "
+                        f"{', '.join(available)} and raw")
     weights = checkpoint["model"] if ema == "raw" else checkpoint["ema"][ema]
     C, side = weights["x_embedder.weight"].shape[1], round(weights["pos_embed"].shape[1] ** 0.5)
     model = SiT_models[checkpoint["args"]["model"]](input_size=side, in_channels=C,
@@ -106,7 +107,7 @@ def picture_grid(images, columns, captions):
     for row, with_caption in zip(rows, captioned):
         for column, i in enumerate(row):
             if with_caption:
-                text = captions[i]
+                text = printable(captions[i])
                 while canvas.textlength(text, font) > cell - 2:
                     text = text[:-1]
                 left = column * cell + (cell - canvas.textlength(text, font)) / 2
@@ -129,10 +130,12 @@ def parse_args(argv):
     add("--classes", nargs="+", help="names or numbers of classes (default: all, in turn)")
     add("--num", "--num-images", type=number(int, 1), help="how many pictures (default: 4 a class, "
         "40 at most); torchrun takes --num for its own, write --num-images there")
-    add("--seed", type=number(int, 0), default=0, help="picture i is a function of (seed, i)")
+    add("--seed", type=number(int, 0, 2 ** 63), default=0,
+        help="picture i is a function of (seed, i)")
     group = parser.add_argument_group("Algorithm 1 (what is not given is taken from the run)")
     add, sigma = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--steps", type=number(int, 1), help="denoising steps; with guidance each is two calls")
+    add("--steps", type=number(int, 1, 1000),
+        help="denoising steps; with guidance each is two calls")
     add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
     add("--gamma", type=number(float, 0), help="sigma decays as (1 - t / steps) ** gamma")
     add("--sampling-noise", choices=("fresh", "same"),
@@ -141,13 +144,21 @@ def parse_args(argv):
     sigma("--sigmas", type=number(float, 0), nargs="+",
           help="no decay: the noise of each of the steps - 1 re-noisings")
     add = parser.add_argument_group("output").add_argument
-    add("--out", help="NAME.png: a grid; NAME.npz: arr_0 (N, H, W, 3) uint8 and labels; else a "
-        "folder of numbered files (default: sample.png beside the checkpoint)")
+    add("--out", help="NAME.png or .jpg: a grid; NAME.npz: arr_0 (N, H, W, 3) uint8, labels and "
+        "classes; FOLDER/: numbered files (default: sample.png beside the checkpoint)")
     add("--npz", action="store_true", help="short for --out samples.npz beside the checkpoint")
     add("--trajectory", action="store_true", help="a grid of what each step predicts")
-    add("--batch-size", type=number(int, 1), default=50, help="pictures at once in a process")
+    add("--batch-size", type=number(int, 1, 10 ** 6), default=50,
+        help="pictures at once in a process")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    ending = Path(args.out or "").suffix.lower()
+    folder = (args.out or "").endswith("/") or Path(args.out or "").is_dir()
+    if ending not in ("", ".npz", *GRIDS) and not folder:
+        parser.error(f"--out {args.out}: a file ends in .npz, {', '.join(GRIDS)}, a folder in /")
+    if args.trajectory and (args.npz or ending == ".npz"):
+        parser.error("--trajectory goes into a grid or a folder, not into an npz")
+    return args
 
 
 @user_errors
@@ -170,21 +181,21 @@ def main(argv=None):
              "sigma": args.sigmas or args.sigma}
     settings = {key: run_value if given[key] is None else given[key]
                 for key, run_value in sampling_settings(run).items()}
+    wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
-              **settings, "seed": args.seed, "classes": args.classes or "all",
+              **settings, "seed": args.seed,
+              "classes": [classes[label] for label in wanted] if args.classes else "all",
               "balance": "label = index mod classes"}
-    wanted = class_numbers(args.classes, classes) if args.classes else range(len(classes))
     num = args.num or (min(len(wanted), 10) if args.trajectory else
                        40 if len(wanted) > 40 else len(wanted) * min(4, 40 // len(wanted)))
-    labels = torch.tensor([wanted[i % len(wanted)] for i in range(num)])
     nfe = steps * (1 if settings["cfg_scale"] == 1 else 2)
 
     # Every process draws its share into one file on the disk that all see.
     out = Path(args.out or path.parent / ("samples.npz" if args.npz else "sample.png"))
-    if args.trajectory and out.suffix == ".npz":
-        raise UserError(f"--trajectory goes into a grid or a folder, not into {out}")
-    frames, S = steps if args.trajectory else 1, rae.image_size
-    with shared_array(out, (frames, num, 3, S, S), rank) as pictures:
+    shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
+    names = check_room(out, shape, args.out)
+    labels = torch.tensor(wanted)[torch.arange(num) % len(wanted)]
+    with shared_array(out, shape, rank) as pictures:
         started = time.perf_counter()
         starts = range(rank * args.batch_size, num, world * args.batch_size)
         for start in tqdm(starts, desc="sampling", unit="batch",
@@ -197,69 +208,92 @@ def main(argv=None):
         barrier()
         seconds = time.perf_counter() - started
         if rank == 0:
-            write_pictures(out, pictures, labels, classes, len(wanted), recipe)
-            print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
-                  f"{num} pictures of {len(set(labels.tolist()))} classes in turn\n"
-                  f"{steps} steps, guidance {settings['cfg_scale']:g}, {settings['noise']} noise: "
-                  f"NFE {nfe} a picture, {seconds:.2f} s, {num / seconds:.1f} images/s on "
-                  f"{world} x {device.type}\n{out}")
+            write_pictures(out, pictures, labels, classes, len(wanted), recipe, names)
+    if rank == 0:
+        drawn = [printable(classes[label]) for label in wanted[:num]]
+        print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
+              f"{num} pictures of {len(drawn)} classes in turn: "
+              f"{', '.join(drawn[:10])}{', ...' * (len(drawn) > 10)}\n"
+              f"{steps} steps, guidance {settings['cfg_scale']:g}, {settings['noise']} noise: "
+              f"NFE {nfe} a picture, {seconds:.2f} s, {num / seconds:.1f} images/s on "
+              f"{world} x {device.type}\n{out}")
 
 
 def class_numbers(wanted, classes):
-    """Names or numbers of classes -> their labels."""
+    """Names or numbers of classes -> their labels. A name wins; what could be both is an error."""
     labels = []
     for name in wanted:
+        alike = [c for c in classes if name.isdecimal() and c.isdecimal() and int(c) == int(name)]
         if name in classes:
             labels.append(classes.index(name))
-        elif name.isdecimal() and int(name) < len(classes):
+        elif alike:
+            raise UserError(f"--classes {name}: is it the name {alike[0]}, or the number of "
+                            f"{classes[int(name) % len(classes)]}? Write the name")
+        elif name.isdecimal() and len(name) < 10 and int(name) < len(classes):
             labels.append(int(name))
         else:
             shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-            raise UserError(f"--classes {name}: there is no such class; there are {len(classes)}: "
-                            f"{shown}")
+            raise UserError(f"--classes {one_line(name, 30)}: there is no such class; there are "
+                            f"{len(classes)}: {shown}")
     return labels
+
+
+GRIDS = (".png", ".jpg", ".jpeg")
+
+
+def check_room(out, shape, name):
+    """-> the files' names, if `out` is a folder. UserError: no room, or pictures of another run."""
+    size = math.prod(shape)
+    if free_bytes(out.parent) < 2.1 * size:                   # the temporary file and what it makes
+        raise UserError(f"{out} needs {2.1 * size / 1e9:,.1f} GB, but "
+                        f"{free_bytes(out.parent) / 1e9:.1f} GB are free there")
+    if out.suffix.lower() in (".npz", *GRIDS) and not (name or "").endswith("/"):
+        return None
+    names = [[f"{i:06d}{f'-step{frame + 1}' * (shape[0] > 1)}.png" for i in range(shape[1])]
+             for frame in range(shape[0])]
+    others = {file.name for file in out.glob("*") if file.suffix.lower() in ENDINGS}
+    if others := others.difference(*names):
+        raise UserError(f"{out} holds {len(others)} other pictures, {min(others)} first, which "
+                        "would be scored with the new ones: give a new folder")
+    return names
 
 
 @contextlib.contextmanager
 def shared_array(out, shape, rank):
     """A uint8 array in a temporary file beside `out`, the same one in every process."""
-    part, size = out.parent / f".part-{out.name}.npy", int(np.prod(shape))
+    part = Path(from_first(str(part_of(f"{out}.npy"))))
     try:
         if rank == 0:
             part.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(part.parent).free
-            if free < 2.1 * size:                             # this file and the one made of it
-                raise UserError(f"{out} needs {2.1 * size / 1e9:.1f} GB, but {free / 1e9:.1f} GB "
-                                "are free there")
+            sweep(part.parent)
             np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            reserve(part)
         barrier()
         yield np.load(part, mmap_mode="r+")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         if rank == 0:
             part.unlink(missing_ok=True)
 
 
-def write_pictures(out, pictures, labels, classes, columns, recipe):
-    """pictures (frames, n, 3, S, S) -> a grid, an npz or a folder, by the ending of `out`."""
+def write_pictures(out, pictures, labels, classes, columns, recipe, names):
+    """pictures (frames, n, 3, S, S) -> an npz, a grid, or a folder of files with these names."""
     frames, n = pictures.shape[:2]
-    if out.suffix == ".npz":
+    if names:
+        for frame in range(frames):
+            for name, picture in zip(names[frame], pictures[frame]):
+                with write_whole(out / name) as part:
+                    Image.fromarray(picture.transpose(1, 2, 0)).save(part, "png")
+    elif out.suffix.lower() == ".npz":
         with write_whole(out) as part, open(part, "wb") as file:
             np.savez(file, arr_0=pictures[0].transpose(0, 2, 3, 1), labels=labels.numpy(),
-                     recipe=json.dumps(recipe))
-    elif out.suffix == ".png":
+                     classes=np.array(classes), recipe=json.dumps(recipe))
+    else:
         columns = n if frames > 1 else min(columns, 10)
         captions = [classes[label] for label in labels] * frames
         images = torch.from_numpy(np.array(pictures)).flatten(0, 1)
         with write_whole(out) as part:
-            picture_grid(images, columns, captions).save(part)
-    else:
-        for frame in range(frames):
-            for i in range(n):
-                step = f"-step{frame + 1}" * (frames > 1)
-                with write_whole(out / f"{i:06d}{step}.png") as part:
-                    Image.fromarray(pictures[frame, i].transpose(1, 2, 0)).save(part)
+            kind = "png" if out.suffix.lower() == ".png" else "jpeg"
+            picture_grid(images, columns, captions).save(part, kind, quality=95)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@
     python train.py --dataset path/to/photos --rae lite0     # a folder of class folders of pictures
     torchrun --nproc-per-node gpu train.py --dataset flowers  # the paper's; animal-faces, imagenet
 
-The same command again resumes the run. Everything random is a function of (seed, step, example), so
-neither a stop nor (but for the order of sums) the number of processes changes it. out/<run>/
-receives args.json, log.jsonl (a line a logged step), samples-*.png, quality.json and ckpt.pt, from
-which sample.py draws.
+The same command again resumes the run; Ctrl-C and SIGTERM save before they end it. Everything
+random is a function of (seed, step, example), so neither a stop nor (but for the order of sums) the
+number of processes changes it. out/<run>/ receives args.json, pictures.json (the files and their
+sums), log.jsonl (a line a logged step), samples-*.png, quality.json and ckpt.pt, from which
+sample.py draws.
 """
 import contextlib
 import json
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -21,15 +23,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import common
 import sphere
-from common import (ArgumentParser, UserError, autocast, first_process_first, global_batch,
-                    keyed_generator, load_checkpoint, number, peak_memory_gb, save_tensors, setup,
-                    user_errors, write_json, write_whole)
-from data import IMAGE_SIZE, load_dataset
+from common import (ArgumentParser, UserError, autocast, first_not_finite, first_process_first,
+                    global_batch, keyed_generator, locked, number, on_signals, peak_memory_gb,
+                    printable, save_tensors, say, setup, sweep, user_errors, write_json,
+                    write_whole)
+from data import IMAGE_SIZE, describe, load_dataset
 from fid import default_features, held_out_set, quality_report, report_text
 from laptop import lite0, toy  # laptop
 from model import SiT_models
-from rae import open_latents, open_rae, picture_sides
+from rae import load_checkpoint, open_latents, open_rae, picture_sides
 from sample import draw, picture_grid, predict, sampling_settings
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -43,6 +47,7 @@ PAPER = dict(
     noise_dist="lognorm", p_mean=0.0, p_std=1.0,        # mean and std not given
     alpha_max=85.0, alpha_mix=89.0, mix_prob=0.2,       # angles not given: Sphere Encoder's code
     reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,        # low or both: unclear
+    flips=True,                                         # not given
     cfg=1.0, gamma=1.0, sampling_noise="fresh", sample_steps=4,    # gamma, fresh or same: not given
     sigma=None, sigma_scale=1.0,                        # sampling starts at scale * tan(alpha_max)
     log_every=50, sample_every=2000, save_every=1000, report=500, rae_patch=16)
@@ -65,7 +70,7 @@ DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 DEFINING = ("seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size", "lr", "betas",
             "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay", "dtype",
             "noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "reconstruct",
-            "latent_consistency", "class_dropout_prob")
+            "latent_consistency", "class_dropout_prob", "flips", "decoder_steps")
 
 
 def parse_args(argv):
@@ -76,7 +81,9 @@ def parse_args(argv):
     add("--split", default="all", choices=("train", "val", "test", "all"), help="of flowers")
     add("--skip-bad", action="store_true",
         help="leave out pictures that cannot be read, and count them")
-    add("--image-size", type=number(int, 1), help="side in pixels: 256 for dinov2-b")
+    add("--no-flips", dest="flips", action="store_false",
+        help="no mirror images: where left and right matter, as for letters")
+    add("--image-size", type=number(int, 1, 4096), help="side in pixels: 256 for dinov2-b")
     add("--rae", choices=BY_RAE, help="the autoencoder; it decides about other defaults, too")
     add("--decoder-steps", type=number(int, 1), default=1200,
         help="steps in which the decoder of lite0 is trained first")
@@ -101,8 +108,8 @@ def parse_args(argv):
     add, length = group.add_argument, group.add_mutually_exclusive_group().add_argument
     length("--steps", type=number(int, 1), help="steps in all; raise it to continue a finished run")
     length("--epochs", type=number(int, 1), help="the same in passes over the data")
-    add("--batch-size", type=number(int, 1), help="examples a step, over all processes")
-    add("--accumulate", type=number(int, 1), default=1,
+    add("--batch-size", type=number(int, 1, 10 ** 6), help="examples a step, over all processes")
+    add("--accumulate", type=number(int, 1, 10 ** 6), default=1,
         help="micro-batches a step in each process, to save memory")
     add("--lr", type=number(float, 0), help="learning rate of AdamW")
     add("--warmup-steps", type=number(int, 0), help="steps over which the rate rises to --lr")
@@ -111,7 +118,7 @@ def parse_args(argv):
         help="decays of the averaged weights; samples use the first")
     add("--dtype", choices=("float32", "bfloat16"), help="of the network; weights stay float32")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of everything random")
     add("--out-dir", help="default: out/<dataset>-<model>")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--log-every", type=number(int, 1), help="steps between lines of the log")
@@ -135,14 +142,26 @@ def parse_args(argv):
     parser.set_defaults(**{"steps": None, **preset, "epochs": None})
     args = parser.parse_args(argv)
     args.epochs = args.epochs or (None if args.steps else preset["epochs"])
+    if args.sigma is None:
+        args.sigma = args.sigma_scale * sphere.angle_to_sigma(args.alpha_max)
+    name = printable(Path(args.dataset).resolve().name)[:80]
+    args.out_dir = args.out_dir or f"out/{name}-{args.model.replace('/', '-')}"
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """What no flag can tell of itself."""
     if args.alpha_mix < args.alpha_max:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: "
                      "the mix is harder")
-    if args.sigma is None:
-        args.sigma = args.sigma_scale * sphere.angle_to_sigma(args.alpha_max)
-    name = Path(args.dataset).resolve().name
-    args.out_dir = args.out_dir or f"out/{name}-{args.model.replace('/', '-')}"
-    return args
+    if args.rae not in lite0.PRETRAINED and args.decoder_steps != 1200:  # laptop
+        parser.error(f"--decoder-steps: the decoder of {args.rae} is not trained")  # laptop
+    if args.dataset not in IMAGE_SIZE:
+        for flag, folder in (("--data-dir", args.data_dir), ("--out-dir", args.out_dir)):
+            if Path(folder).resolve().is_relative_to(Path(args.dataset).resolve()):
+                parser.error(f"{flag} {folder} is inside {args.dataset}, and would be taken for a "
+                             "class of pictures")
 
 
 # ---- A step --------------------------------------------------------------------------------------
@@ -176,7 +195,8 @@ class Learner:
 
     def load(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(),
+                                        "state": checkpoint["optimizer"]["state"]})
         self.emas = [{k: v.to(self.device) for k, v in checkpoint["ema"][str(decay)].items()}
                      for decay in self.run["ema_decay"]]
 
@@ -197,7 +217,7 @@ class Learner:
             n, run["noise_dist"], run["p_mean"], run["p_std"], run["alpha_max"], run["alpha_mix"],
             run["mix_prob"], generator=g)
         drop = torch.rand(n, generator=g) < run["class_dropout_prob"]
-        flips = torch.randint(2, (n,), generator=g)
+        flips = torch.randint(2, (n,), generator=g) * run["flips"]
 
         sums = {}
         for m in range(self.accumulate):
@@ -265,23 +285,51 @@ def by_angle(values, sigma):
 
 # ---- A run ---------------------------------------------------------------------------------------
 
-def check_same_run(out, run, before):
+def check_same_run(out, run, before, dataset):
     """run: what defines this one; before: the arguments of the checkpoint in out."""
+    before = {"flips": True, **before}                        # of a run before there was this flag
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in run.items()
                if name != "pictures" and before.get(name) != value]
     if before["pictures"] != run["pictures"] and not changed:
-        changed = [f"the pictures of {run['pictures']['dataset']} have changed"]
+        changed = [what_changed(out / "pictures.json", dataset)]
     if changed:
         raise UserError(f"{out} holds another run ({'; '.join(changed)}): resume that, or give a "
                         "new --out-dir")
 
 
+def what_changed(path, dataset):
+    """In words: how a data set differs from the one whose files and their sums are in path."""
+    try:
+        old, new = json.loads(path.read_text()), sums_of(dataset)
+        kinds = {"added": new.keys() - old.keys(), "removed": old.keys() - new.keys(),
+                 "changed": {file for file in new.keys() & old.keys() if new[file] != old[file]}}
+    except (OSError, ValueError, AttributeError):
+        kinds = {}
+    words = [f"{len(files)} {kind}, {min(files)} first" for kind, files in kinds.items() if files]
+    return "its pictures have changed: " + ("; ".join(words) or "their number, crop or labels")
+
+
+def sums_of(dataset):
+    return dict(zip(getattr(dataset, "files", ()), getattr(dataset, "sums", ())))
+
+
 def cut_log(path, step):
     """Leaves the log up to the checkpoint's step: what came after it is done again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines, kept, broken = [], [], False
+    if path.exists():
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken = True
+    if broken:
+        aside = path.with_name(f"log-with-broken-lines-{time.time_ns()}.jsonl")
+        print(f"note: {path} had lines that are not of the log; as it was it is now {aside}")
+        path.replace(aside)
     with write_whole(path) as part:
-        part.write_text("".join(line for line in lines
-                                if line.endswith("\n") and json.loads(line)["step"] <= step))
+        part.write_text("".join(kept))
 
 
 def plain(sums):
@@ -320,29 +368,35 @@ def main(argv=None):
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} does not divide into {world} processes x "
                         f"{args.accumulate} micro-batches")
-    out, say = Path(args.out_dir), print if rank == 0 else lambda *_: None
-
-    # Pictures, autoencoder, latents.
     sides = picture_sides(args.rae, args.image_size, args.rae_patch)
     with first_process_first(rank):
         dataset = load_dataset(args.dataset, *sides, args.data_dir, args.split, args.skip_bad)
-    N, num_classes = len(dataset.labels), len(dataset.classes)
-    if num_classes == 1 and args.cfg != 1:
+    say(f"{printable(args.dataset)}: {len(dataset.labels):,} pictures of {describe(dataset)}")
+    if len(dataset.classes) == 1 and args.cfg != 1:
         say(f"note: {args.dataset} has one class: there is nothing that guidance (--cfg) could "
             "tell apart")
+    alone = rank == 0 and not args.encode_only                # one run writes in a folder
+    with locked(Path(args.out_dir)) if alone else contextlib.nullcontext():
+        run_on(args, dataset, rank, world, device)
+
+
+def run_on(args, dataset, rank, world, device):
+    """Autoencoder, latents, model: new, or as the checkpoint has them; then the training."""
+    out, N, num_classes = Path(args.out_dir), len(dataset.labels), len(dataset.classes)
     run = {name: getattr(args, name) for name in DEFINING} | {"pictures": dataset.recipe}
     checkpoint = load_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     if checkpoint:
-        check_same_run(out, run, checkpoint["args"])
+        check_same_run(out, run, checkpoint["args"], dataset)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
                    args.weights_dir, checkpoint and checkpoint["rae"])
     latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
-                           "yes" if args.encode_only else args.cache_latents, rank, world)
+                           "yes" if args.encode_only else args.cache_latents, rank, world,
+                           args.flips, check=args.encode_only)
     if args.encode_only:
         return
     if args.rae in lite0.PRETRAINED and not checkpoint:  # laptop
         lite0.train_decoder(rae, dataset, latents, Path(args.data_dir) / "decoders",  # laptop
-                            args.decoder_steps, args.seed, rank)  # laptop
+                            args.decoder_steps, args.seed, rank, args.flips)  # laptop
 
     # Model, optimizer, EMAs; the step at which the run is resumed.
     learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate)
@@ -354,15 +408,12 @@ def main(argv=None):
         args.steps = -(-args.epochs * N // args.batch_size)
     C, side, _ = rae.latent_shape
     parameters = sum(p.numel() for p in learner.model.parameters())
-    say(f"{args.dataset}: {N:,} pictures, {num_classes} classes, latents {C} x {side} x {side}, "
-        f"L = {C * side ** 2:,}\n"
+    say(f"latents {C} x {side} x {side}, L = {C * side ** 2:,}, "
+        f"{'with' if args.flips else 'without'} mirror images\n"
         f"{args.model}: {parameters:,} parameters, {args.dtype} on {world} x {device.type}\n"
         f"{args.steps} steps of {args.batch_size} = {world} processes x {args.accumulate} x "
         f"{learner.micro} pictures, {args.steps * args.batch_size / N:.1f} epochs"
         + f"; resuming {out} at step {start}" * bool(start))
-    if start >= args.steps:
-        return say(f"{out} is finished: raise --steps to continue it, or draw from it: "
-                   f"python sample.py --ckpt {out}/ckpt.pt")
     train(args, learner, dataset, rae, latents, start, rank)
 
 
@@ -373,52 +424,107 @@ def train(args, learner, dataset, rae, latents, start, rank):
     denoiser = partial(predict, learner.model, learner.emas[0], args.dtype)
     sampler = partial(draw, denoiser, rae, seed=args.seed, null_class=len(classes),
                       **sampling_settings(arguments))
-    if rank == 0:
+
+    def save(step):
+        state = learner.state()
+        if name := first_not_finite(state):
+            raise UserError(f"step {step}: {name} is not finite; what is on the disk is from "
+                            "before: try a lower --lr, --clip 1 or --dtype float32")
+        save_tensors(out / "ckpt.pt", {**state, "step": step, "args": arguments,
+                                       "classes": classes, "rae": rae.saved()})
+
+    def grid(step, again=True):
+        path, due = out / f"samples-{step:07d}.png", step % args.sample_every == 0
+        if (due or step >= args.steps) and (again or not path.exists()):
+            write_grid(path, sampler, classes, args.sample_steps)
+
+    if rank == 0 and start < args.steps:
+        sweep(out)
         write_json(out / "args.json", arguments)
+        write_json(out / "pictures.json", sums_of(dataset))
         cut_log(out / "log.jsonl", start)
+    if rank == 0 and start:
+        grid(start, again=False)                              # if it was killed before it
 
+    stop = Stop(rank)
     clock, clock_step = time.perf_counter(), start
-    bar = tqdm(total=args.steps, initial=start, desc=str(out), unit="step", disable=rank > 0)
-    for step in range(start, args.steps):
-        last = step + 1 == args.steps
-        to_log = last or (step + 1) % args.log_every == 0
-        indices = global_batch(N, args.batch_size, step, args.seed)
-        sums = learner.add_gradients(
-            step, lambda mine, flips: latents.batch(indices[mine], flips), to_log)
-        lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.decay_last)
-        grad_norm = learner.update(step, lr)
-        step += 1
-        bar.update()
-        if to_log:
-            now = time.perf_counter()
-            line = {"step": step, "epoch": round(step * args.batch_size / N, 3), **plain(sums),
-                    "grad_norm": grad_norm, "lr": lr,
-                    "images_per_s": (step - clock_step) * args.batch_size / (now - clock),
-                    "memory_gb": peak_memory_gb(learner.device)}
-            clock, clock_step = now, step
+    bar = tqdm(total=args.steps, initial=min(start, args.steps), desc=printable(out), unit="step",
+               disable=rank > 0 or start >= args.steps)
+    with on_signals(stop.receive):
+        for step in range(start, args.steps):
+            to_log = step + 1 == args.steps or (step + 1) % args.log_every == 0
+            indices = global_batch(N, args.batch_size, step, args.seed)
+            sums = learner.add_gradients(
+                step, lambda mine, flips: latents.batch(indices[mine], flips), to_log)
+            lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.decay_last)
+            grad_norm = learner.update(step, lr)
+            step += 1
+            bar.update()
+            if to_log:
+                now = time.perf_counter()
+                line = {"step": step, "epoch": round(step * args.batch_size / N, 3), **plain(sums),
+                        "grad_norm": grad_norm, "lr": lr,
+                        "images_per_s": (step - clock_step) * args.batch_size / (now - clock),
+                        "memory_gb": peak_memory_gb(learner.device)}
+                clock, clock_step = now, step
+                if rank == 0:
+                    with open(out / "log.jsonl", "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    bar.write(log_line(line))
+            stops = stop.after(step)
+            if rank == 0 and (stops or step == args.steps or step % args.save_every == 0):
+                save(step)
+            if stops:
+                common.barrier()                              # nobody leaves before it is saved
+                raise UserError(f"stopped at step {step} and saved: the same command resumes it",
+                                status=128 + stops)
             if rank == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                bar.write(log_line(line))
-        if rank == 0 and (last or step % args.save_every == 0):
-            save_tensors(out / "ckpt.pt", {**learner.state(), "step": step, "args": arguments,
-                                           "classes": classes, "rae": rae.saved()})
-        if rank == 0 and (last or step % args.sample_every == 0):
-            write_grid(out / f"samples-{step:07d}.png", sampler, classes, args.sample_steps)
+                grid(step)
     bar.close()
-
     if rank == 0:
-        print(f"{out}/ckpt.pt is finished at step {args.steps}; draw from it: python sample.py "
-              f"--ckpt {out}/ckpt.pt")
-    if rank == 0 and args.report:
-        try:
-            test_set = held_out_set(args.dataset, args.image_size)
-            table = quality_report(dataset, test_set, rae, sampler, default_features(rae.name),
-                                   args.report)
-            write_json(out / "quality.json", table)
-            print(report_text(table, arguments, args.steps))
-        except UserError as error:                            # the run is whole all the same
-            print(f"no quality report: {error}")
+        finish(args, arguments, dataset, rae, sampler, max(start, args.steps))
+
+
+class Stop:
+    """Ctrl-C or SIGTERM ends a run after a step, the same one in all processes."""
+
+    def __init__(self, rank):
+        self.rank, self.received = rank, []
+
+    def receive(self, signum, frame):
+        if signum in self.received:                           # asked twice: at once
+            raise KeyboardInterrupt
+        self.received.append(signum)
+
+    def after(self, step):
+        """-> the signal that ends the run now, or 0."""
+        if common.store is None:
+            return self.received[0] if self.received else 0
+        # Each step waits for the others' gradients: no process is more than one step ahead.
+        if self.received:
+            common.store.compare_set("stop", "", f"{step + 2} {int(self.received[0])}")
+        if not common.store.check(["stop"]):
+            return 0
+        at, signum = map(int, common.store.get("stop").split())
+        return signum if step >= at else 0
+
+
+def finish(args, arguments, dataset, rae, sampler, step):
+    """The quality report, if it is not there since a former end of the run."""
+    out = Path(args.out_dir)
+    print(f"{printable(out)}/ckpt.pt is finished at step {step}; draw from it: python sample.py "
+          f"--ckpt {printable(out)}/ckpt.pt; raise --steps to continue it")
+    quality, saved = out / "quality.json", os.stat(out / "ckpt.pt").st_mtime_ns
+    if not args.report or quality.exists() and quality.stat().st_mtime_ns >= saved:
+        return
+    try:
+        test_set = held_out_set(args.dataset, args.image_size)
+        table = quality_report(dataset, test_set, rae, sampler, default_features(rae.name),
+                               args.report)
+        write_json(quality, table)
+        print(report_text(table, arguments, step))
+    except UserError as error:                                # the run is whole all the same
+        print(f"no quality report: {error}")
 
 
 if __name__ == "__main__":

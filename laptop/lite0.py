@@ -7,7 +7,6 @@ EfficientNet-Lite0 (19 MB, from the Hub or a wheel), dinov2-s is another of the 
 """
 import math
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (UserError, from_first, from_hub, global_batch, hash_of, keyed_generator,
-                    load_renamed, load_tensors, resize, save_tensors, to_float, to_uint8, verify,
-                    write_whole)
+from common import (UserError, first_not_finite, folder_by_hash, from_first, from_hub, global_batch,
+                    keyed_generator, load_renamed, load_tensors, one_line, resize, save_tensors,
+                    to_float, to_uint8, verify, write_whole)
 from laptop import toy
 
 # What differs from the paper's settings, for photographs of 64 x 64, L = 4,096.
@@ -149,6 +148,15 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+def picture_sides(name, image_size):
+    """As rae.picture_sides."""
+    if image_size < 8 or image_size // (image_size // 8) != 8:
+        raise UserError(f"--image-size {image_size} does not divide into the 8 x 8 pixels of a "
+                        f"latent of {name}: take a multiple of 8")
+    side = PRETRAINED[name]["input_size"]
+    return max(image_size, side), side // 8
+
+
 def build(name, channels, image_size, network=None):
     """network: as pretrained_network; without it a random one, whose weights are to be loaded."""
     if network is None:
@@ -193,8 +201,8 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
 
 # ---- The decoder's training ----------------------------------------------------------------------
 
-def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, batch_size=32, lr=1e-3,
-                  noise=0.4, early_weight=0.3, save_every=200):
+def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=32,
+                  lr=1e-3, noise=0.4, early_weight=0.3, save_every=200):
     """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
 
     The loss is L1, and relative L1 on the encoder's early features. The latents get noise of a
@@ -206,8 +214,8 @@ def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, batch_size
     N = len(dataset.labels)
     manifest = {"data": dataset.recipe, "encoder": rae.fingerprint(), "image_size": rae.image_size,
                 "steps": steps, "seed": seed, "batch_size": batch_size, "lr": lr, "noise": noise,
-                "early_weight": early_weight}
-    folder = Path(folder) / f"{dataset.name}-{rae.name}-{hash_of(manifest)[:12]}"
+                "early_weight": early_weight, "flips": flips}
+    folder = folder_by_hash(folder, f"{dataset.name}-{rae.name}", manifest)
     order = torch.randperm(N, generator=keyed_generator("held out", seed)).numpy()
     held_out, others = np.split(order[:20_000], [min(N // 10, 256)])
     if rank == 0:
@@ -225,13 +233,10 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
     optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=0)
     start = 0
     if path.exists():
-        state = load_tensors(path, "is not a decoder of train.py: remove it")
-        if state["manifest"] != manifest:
-            raise UserError(f"{path} was made with another encoder or other settings than its name "
-                            "says: remove it")
-        decoder.load_state_dict(state["decoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        try:
+            start = load_decoder(path, manifest, decoder, optimizer)
+        except UserError as error:
+            print(f"{error}: it is trained anew")
     if start == steps:
         return
     images = read(dataset, chosen)
@@ -239,7 +244,7 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
     for step in range(start, steps):
         g = keyed_generator("decoder", manifest["seed"], step)
         batch = global_batch(len(chosen), manifest["batch_size"], step, manifest["seed"])
-        flips = torch.randint(2, (len(batch),), generator=g)
+        flips = torch.randint(2, (len(batch),), generator=g) * manifest["flips"]
         z = latents.batch(chosen[batch], flips.numpy())[0].float().cpu()              # (b, C, h, w)
         mirrored = torch.where(flips.view(-1, 1, 1, 1) == 1, images[batch].flip(3), images[batch])
         target = targets(mirrored, rae)
@@ -269,6 +274,24 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
             save_tensors(path, {"decoder": decoder.state_dict(), "step": step + 1,
                                 "optimizer": optimizer.state_dict(), "manifest": manifest})
     bar.close()
+
+
+def load_decoder(path, manifest, decoder, optimizer):
+    """-> the step of what `optimise` saved, into both; UserError, before anything is changed."""
+    state = load_tensors(path, "is not a decoder of train.py")
+    try:
+        moments = state["optimizer"]["state"]
+        shapes = [[moments[i][key].shape for key in ("exp_avg", "exp_avg_sq")]
+                  for i in range(len(moments))]
+        if state["manifest"] != manifest or first_not_finite(state):
+            raise ValueError("other settings than its name says, or values that are not finite")
+        if shapes != [[p.shape] * 2 for p in decoder.parameters()]:
+            raise ValueError("the optimizer's state has other shapes")
+        decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except Exception as error:                                # a file may hold anything
+        raise UserError(f"{path} cannot be used ({one_line(error)})") from error
 
 
 def read(dataset, indices):

@@ -127,6 +127,14 @@ def draw_flowers(labels, variation, image_size):
 
 # ---- The autoencoder. Both functions return the arguments of rae.RAE -----------------------------
 
+def picture_sides(image_size, patch_size):
+    """As rae.picture_sides."""
+    if image_size % patch_size:
+        raise UserError(f"--image-size {image_size} is not a multiple of the toy autoencoder's "
+                        f"patch of {patch_size}")
+    return image_size, patch_size
+
+
 def build(channels, patch_size, image_size):
     D = 3 * patch_size ** 2                                   # numbers in a patch
     return {"encoder": nn.Sequential(Patches(patch_size), nn.Conv2d(D, channels, 1)),
@@ -158,8 +166,6 @@ def fit(images, patch_size=16, channels=96, latent_noise=0.2):
     p = patch_size
     D = 3 * p * p
     channels = min(channels, D)
-    if S % p:
-        raise UserError(f"--image-size {S} is not a multiple of the toy autoencoder's patch of {p}")
     parts = build(channels, p, S)
     encoder, decoder = parts["encoder"], parts["decoder"]
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -421,7 +422,7 @@ def test_folders_npz_and_statistics_give_one_number(nets, weights_file, tmp_path
     x, y = nets["pytorch"].extract(a), nets["pytorch"].extract(b)
     expected = frechet_of_features(x["pool"].double(), y["pool"].double())
     assert first["numbers"][name] == pytest.approx(expected, rel=1e-4)
-    assert first["recipe"]["A"]["n"] == 4 and first["recipe"]["A"]["other_files_left_out"] == 1
+    assert first["recipe"]["A"]["n"] == 4 and first["recipe"]["A"]["left_out"] == "1 .txt"
     assert first["recipe"]["features"]["pipeline"] == "pytorch"
     assert "4 pictures for 2,048 features" in first["warnings"][0]
 
@@ -614,10 +615,18 @@ def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
     photos = trained.parent.parent / "photos"
     for B, word in ((tmp_path / "others", "has the classes left, right, not the run's, left, right, top"),
                     (tmp_path / "single", "single has 1 of 3 pictures in the class left"),
-                    (photos, "photos holds the training pictures of the run"),
+                    (photos, "photos holds training pictures of the run, and no others"),
                     (tmp_path / "nowhere", "nowhere does not exist")):
         status, error = fail([tmp_path / "ckpt.pt", B, "--features", "lite0"], capsys)
         assert status == 1 and word in error, error
+
+    mixed = shutil.copytree(photos, tmp_path / "mixed")
+    for i, file in enumerate(sorted(mixed.rglob("*.png"))):         # of 36, two are those of the run
+        if i > 1:
+            Image.new("RGB", (40, 34), (i, 90, 90)).save(file)
+    fid.main([str(tmp_path / "ckpt.pt"), str(mixed), "--features", "lite0", "--device", "cpu",
+              "--data-dir", str(tmp_path / "datasets")])
+    assert "warning: 2 of 36 pictures of" in capsys.readouterr().err
 
     status, error = fail([tmp_path / "ckpt.pt", held_out, "--features", "inception"], capsys)
     assert status == 2 and "a run's report has toy or lite0" in error
@@ -631,7 +640,7 @@ def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
     for A in (tmp_path / "ckpt.pt", photos):
         status, error = fail([A, held_out, "--features", "lite0"], capsys)
         assert status == 1 and "the weights of lite0 cannot be had" in error
-    checkpoint["args"]["pictures"]["files"] = "others"
+    checkpoint["args"]["pictures"]["contents"] = "others"
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     status, error = fail(argv, capsys)
     assert status == 1 and "photos are not those of the run" in error
@@ -650,7 +659,7 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("weights")
     for name, word in (("other.pth", "does not hold InceptionV3's weights"),
-                       ("none.pth", "cannot be read: No such file"),
+                       ("none.pth", "no such file"),
                        ("text.pth", "does not hold InceptionV3's weights")):
         status, error = fail([tmp_path / "a.npz", tmp_path / "a.npz", "--inception-weights", tmp_path / name], capsys)
         assert status == 1 and name in error and word in error
@@ -706,7 +715,7 @@ def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
             ("good.npz", "half.npz", 1, "half.npz: mu and sigma"),
             ("good.npz", "odd.npz", 1, "odd.npz: mu and sigma"),
             ("large.npz", "small.npz", 1, "large.npz and small.npz: statistics of 2048 and of 64 features"),
-            ("large.npz", "nan.npz", 1, "large.npz and nan.npz: sigma2 has values that are not finite"),
+            ("large.npz", "nan.npz", 1, "nan.npz: mu or sigma is not finite"),
             ("one.npz", "large.npz", 1, "one.npz: 1 picture: a covariance needs two"),
             ("good.npz", None, 2, "give B"), ("good.npz", "--metrics=kid", 2, "give B"),
             ("large.npz", "--metrics=is", 1, "large.npz has no pictures"),

@@ -16,7 +16,8 @@ from conftest import ROOT
 from common import UserError, to_float, to_uint8
 from data import load_dataset
 from laptop.toy import ToyFlowers
-from rae import LatentCache, LatentsOnTheFly, cache_of, fit_rae, load_rae, open_latents
+from rae import (LatentCache, LatentsOnTheFly, cache_of, fit_rae, load_rae, open_latents,
+                 picture_sides)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_round_trip_and_sizes(flowers):
     with pytest.raises(ValueError, match="not divisible"):
         rae.encode(torch.rand(1, 3, 8, 10))
     with pytest.raises(UserError, match="--image-size 32 is not a multiple"):
-        fit_rae("toy", flowers, patch_size=5)
+        picture_sides("toy", 32, 5)
 
 
 def test_saved_and_loaded(flowers):
@@ -149,11 +150,11 @@ def test_two_runs_may_start_a_cache_at_once(setting, monkeypatch):
     dataset, rae, root = setting
     create = LatentCache._create
 
-    def slow(self, manifest):
+    def slow(self):
         monkeypatch.setattr(LatentCache, "_create", create)
         LatentCache(dataset, rae, root)                      # another run comes first, and finishes
         dataset.load = None
-        create(self, manifest)
+        create(self)
 
     monkeypatch.setattr(LatentCache, "_create", slow)
     cache = LatentCache(dataset, rae, root)
@@ -166,10 +167,6 @@ def test_cache_refuses(setting, monkeypatch):
     cache = LatentCache(dataset, rae, root)
     other = fit_rae("toy", dataset.load(range(10)), channels=8)
     assert LatentCache(dataset, other, root).folder != cache.folder
-    manifest = json.loads((cache.folder / "manifest.json").read_text())
-    (cache.folder / "manifest.json").write_text(json.dumps({**manifest, "dtype": "float32"}))
-    with pytest.raises(UserError, match="other settings"):
-        LatentCache(dataset, rae, root)
     shutil.rmtree(cache.folder)
     rae.latent_mean += 1e6
     with pytest.raises(UserError, match="not finite"):
@@ -206,14 +203,14 @@ def test_two_processes_killed_in_the_middle_fill_the_same_cache(setting, photos)
                                    str(rank)])
                  for rank in (0, 1)]
     deadline, done = time.time() + 60, None
-    while time.time() < deadline and (done is None or done.sum() < 3):
+    while time.time() < deadline and (done is None or (done > 0).sum() < 3):
         time.sleep(0.02)
         if folder.exists():
             done = np.array(np.load(folder / "done.npy"))
     for process in processes:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert 3 <= done.sum() < 8
+    assert 3 <= (done > 0).sum() < 8
     assert np.array_equal(np.array(LatentCache(dataset, rae, root).latents), expected)
     assert np.load(folder / "done.npy").all()
 

@@ -163,7 +163,7 @@ def fails(capsys, status, message, argv):
 def test_a_finished_run_is_left_alone_and_a_different_one_refused(trained, capsys):
     folder, before = trained.parent.parent, (trained / "ckpt.pt").stat().st_mtime_ns
     train.main(train_args(folder, "--steps", "4", "--ema-decay", "0.995", "0.1"))
-    assert "run is finished" in capsys.readouterr().out
+    assert "ckpt.pt is finished at step 4" in capsys.readouterr().out
     fails(capsys, 1, "lr 0.002 -> 0.5",
           train_args(folder, "--steps", "8", "--ema-decay", "0.995", "0.1", "--lr", "0.5"))
     assert (trained / "ckpt.pt").stat().st_mtime_ns == before
@@ -195,9 +195,9 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(photos, tm
 def test_a_broken_checkpoint_is_said(photos, tmp_path, capsys):
     (tmp_path / "out" / "run").mkdir(parents=True)
     (tmp_path / "out" / "run" / "ckpt.pt").write_bytes(b"PK no zip at all")
-    fails(capsys, 1, "is not a checkpoint of train.py", train_args(tmp_path))
+    fails(capsys, 1, "cannot be used: it is not a checkpoint of train.py", train_args(tmp_path))
     torch.save({"model": {}}, tmp_path / "out" / "run" / "ckpt.pt")
-    fails(capsys, 1, "(there is no 'ema')", train_args(tmp_path))
+    fails(capsys, 1, "ckpt.pt cannot be used: 'ema' is missing", train_args(tmp_path))
 
 
 @pytest.mark.parametrize("more,scale", [
@@ -270,7 +270,7 @@ def test_bad_folders(photos, tmp_path, capsys):
 def test_files_where_folders_should_be_and_a_full_disk(photos, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     fails(capsys, 1, "file/latents", train_args(tmp_path, "--data-dir", str(tmp_path / "file")))
-    fails(capsys, 1, "cannot write", train_args(tmp_path, "--out-dir", str(tmp_path / "file")))
+    fails(capsys, 1, "file: File exists", train_args(tmp_path, "--out-dir", str(tmp_path / "file")))
 
     def full(*args):
         raise OSError(28, "No space left on device")

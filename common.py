@@ -85,11 +85,11 @@ def user_errors(main):
 def explain(error, signals=()):
     """-> the line that an error is worth, None for a bug, and the exit status."""
     if isinstance(error, UserError):
-        return f"error: {error}", error.status
+        return "error: " * (error.status < 128) + str(error), error.status
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what is on the disk is whole", 128 + (signals or [signal.SIGINT])[0]
     if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-        return f"error: {error.filename or 'the disk'}: {error.strerror}", 1
+        return f"error: {error.filename or 'the disk or the output'}: {error.strerror}", 1
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         return "error: out of memory: lower --batch-size, or raise --accumulate of train.py", 1
     return None, 1

@@ -904,7 +904,7 @@ def measure_sets(sets, metrics, kind, pipeline, weights, data_dir, setting):
         sums, kept = measure(s, extractors, statistics, rows, **setting) if statistics or rows \
             else ({}, {})
         features.append(kept)
-        if unlike := len(s.unlike):
+        if "pipeline" in made_with and (unlike := len(s.unlike)):
             notes.append(f"{s.path}: pytorch-fid would read {unlike:,} of {s.n:,} pictures "
                          "otherwise than training does (they are transparent, to be turned, or of "
                          f"16 bits); they were read {s.recipe['read']}")

@@ -275,7 +275,7 @@ def test_files_where_folders_should_be_and_a_full_disk(photos, tmp_path, capsys,
     def full(*args):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(train, "log_line", full)                      # as the log's own write would
-    fails(capsys, 1, "the disk: No space left on device", train_args(tmp_path, "--steps", "2"))
+    fails(capsys, 1, "the disk or the output: No space left on device", train_args(tmp_path, "--steps", "2"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(),

@@ -22,6 +22,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -65,7 +66,7 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     elif name == "imagenet":
         found = imagenet(root / name)
     elif os.path.exists(name) or os.sep in name:
-        name, found = Path(name).resolve().name, class_folders(Path(name))
+        name, found = Path(os.path.realpath(name)).name, class_folders(Path(name))
     else:
         raise UserError(f"--dataset: no data set is called {name!r} and no folder of that name is "
                         "here; use toy, flowers, animal-faces, imagenet or a PATH")
@@ -152,7 +153,7 @@ def contents(folder, files, root, check=False):
     As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
     side: of a picture that was checked, in pixels, or what is wrong with it, a text.
     """
-    name = f"{folder.name[-40:]}-{hash_of(str(folder.resolve()))[:12]}.json"
+    name = f"{folder.name[-40:]}-{hash_of(os.path.realpath(folder))[:12]}.json"
     path, known = Path(root) / "contents" / name, {}
     if path.exists():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -201,6 +202,7 @@ def to_tensor(picture):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+warnings.filterwarnings("ignore", module="PIL")               # of EXIF in disorder, as ImageNet's
 Image.init()
 FORMATS = [name for name in "JPEG MPO PNG WEBP TIFF BMP GIF PPM AVIF JPEG2000 TGA".split()
            if name in Image.OPEN]                             # PIL knows others, some run programs

@@ -390,8 +390,11 @@ def check_checkpoint(checkpoint):
     if not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes are no names")
     amounts = [args[name] for name in ("cfg", "gamma", "sigma")]
-    if args["dtype"] not in ("float32", "bfloat16") or not all(0 <= x < 1e9 for x in amounts):
-        raise ValueError(f"args have the dtype {args['dtype']}, cfg, gamma and sigma {amounts}")
+    sampler = [args["dtype"], args["sampling_noise"], *amounts, args["sample_steps"]]
+    if (args["dtype"] not in ("float32", "bfloat16") or not all(0 <= x < 1e9 for x in amounts)
+            or args["sampling_noise"] not in ("fresh", "same") or args["sample_steps"] < 1
+            or args["model"] not in SiT_models or checkpoint["step"] < 0):
+        raise ValueError(f"args that nobody could have given: {args['model']}, {sampler}")
     if name := first_not_finite(checkpoint):
         raise ValueError(f"{name} is not finite")
 

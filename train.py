@@ -144,7 +144,7 @@ def parse_args(argv):
     args.epochs = args.epochs or (None if args.steps else preset["epochs"])
     if args.sigma is None:
         args.sigma = args.sigma_scale * sphere.angle_to_sigma(args.alpha_max)
-    name = printable(Path(args.dataset).resolve().name)[:80]
+    name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
     args.out_dir = args.out_dir or f"out/{name}-{args.model.replace('/', '-')}"
     check_args(parser, args)
     return args
@@ -159,7 +159,8 @@ def check_args(parser, args):
         parser.error(f"--decoder-steps: the decoder of {args.rae} is not trained")  # laptop
     if args.dataset not in IMAGE_SIZE:
         for flag, folder in (("--data-dir", args.data_dir), ("--out-dir", args.out_dir)):
-            if Path(folder).resolve().is_relative_to(Path(args.dataset).resolve()):
+            inside = Path(os.path.realpath(folder))
+            if inside.is_relative_to(os.path.realpath(args.dataset)):
                 parser.error(f"{flag} {folder} is inside {args.dataset}, and would be taken for a "
                              "class of pictures")
 

@@ -1,0 +1,501 @@
+"""Files that are not what they should be, bad arguments, kills: one line, and nothing is lost."""
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+import flops
+import rae
+import sample
+import train
+from conftest import ROOT, equal, make_photos, train_args
+from laptop import toy
+
+# Twenty steps, made before these checks; most tensors are one column, repeated, to be small.
+OLD = ROOT / "tests" / "checkpoint-of-november-2026.pt"
+
+
+def ends(main, argv, capsys=None):
+    """-> exit status, the lines of stderr that are no progress bar."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main([str(a) for a in argv])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+    lines = err.getvalue().replace("\r", "\n").splitlines()
+    return status, [line for line in lines if line.strip() and "%|" not in line and "it/s" not in line]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A finished run in a folder of its own, samples of it, and the folder to start from."""
+    folder = tmp_path_factory.mktemp("place")
+    make_photos(folder / "photos", each=4)
+    train.main(train_args(folder, "--steps", "2"))
+    sample.main(["--ckpt", str(folder / "out" / "run" / "ckpt.pt"), "--npz", "--num", "6", "--device", "cpu"])
+    x = np.random.default_rng(0).normal(size=(100, 2048)).astype(np.float32)
+    np.savez(folder / "stats.npz", mu=x.mean(0), sigma=np.cov(x.T).astype(np.float32))
+    return folder
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch evil",))
+
+
+def change(*path, value=None, without=False):
+    """The checkpoint with another value at path, or without it; value may be a function of it."""
+    def changed(checkpoint):
+        inner = checkpoint
+        for key in path[:-1]:
+            inner = inner[key]
+        if without:
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = value(inner.get(path[-1])) if callable(value) else value
+        return checkpoint
+    return changed
+
+
+def with_nan(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = float("nan")
+    return tensor
+
+
+BIAS = "final_layer.linear.bias"
+WRONG = {
+    "empty": lambda c: b"", "text": lambda c: b"PK no zip at all", "a list": lambda c: [1, 2],
+    "a number": lambda c: 7, "code": lambda c: {**c, "step": Evil()},
+    **{f"no {key}": change(key, without=True)
+       for key in ("model", "ema", "optimizer", "step", "args", "classes", "rae")},
+    **{f"{key} is text": change(key, value="text")
+       for key in ("model", "ema", "optimizer", "step", "args", "classes", "rae")},
+    "a weight less": change("model", BIAS, without=True),
+    "a weight more": change("model", "more", value=torch.zeros(3)),
+    "a weight of another shape": change("model", BIAS, value=torch.zeros(3)),
+    "a weight of another type": change("model", BIAS, value=lambda t: t.double()),
+    "a weight that is no tensor": change("model", BIAS, value=[1.0]),
+    "NaN in a weight": change("model", BIAS, value=with_nan),
+    "infinite average": change("ema", "0.995", BIAS, value=lambda t: t / 0),
+    "an average less": change("ema", "0.995", BIAS, without=True),
+    "no average": change("ema", value={}), "other averages": change("args", "ema_decay", value=[0.5]),
+    "NaN in the autoencoder": change("rae", "state", "latent_var", value=with_nan),
+    "another autoencoder": change("rae", "name", value="vae"),
+    "an autoencoder without name": change("rae", "name", without=True),
+    "an autoencoder of other shapes": change("rae", "state", "encoder.1.bias", value=torch.zeros(3)),
+    "an autoencoder of other latents": change("rae", "image_size", value=64),
+    "an autoencoder without state": change("rae", "state", without=True),
+    "no moments": change("optimizer", "state", value={}),
+    "moments of other shapes": change("optimizer", "state", 3, "exp_avg", value=torch.zeros(2)),
+    "NaN in moments": change("optimizer", "state", 3, "exp_avg_sq", value=with_nan),
+    "a class less": change("classes", value=["a", "b"]), "no class": change("classes", value=[]),
+    "classes are numbers": change("classes", value=[1, 2, 3]), "step -1": change("step", value=-1),
+    "an unknown model": change("args", "model", value="SiT-Q/1"),
+    "another model": change("args", "model", value="SiT-XS/1"),
+    "no model's name": change("args", "model", without=True),
+    "cfg NaN": change("args", "cfg", value=float("nan")), "cfg text": change("args", "cfg", value="2"),
+    "sigma infinite": change("args", "sigma", value=float("inf")),
+    "0 steps": change("args", "sample_steps", value=0), "float8": change("args", "dtype", value="float8"),
+    "other noise": change("args", "sampling_noise", value="pink"),
+    "escape codes": change("args", "model", value="\x1b[2J\n" * 500),
+}
+
+
+def commands(ckpt, place, out):
+    return {"sample": (sample.main, ["--ckpt", ckpt, "--device", "cpu", "--out", out / "x.png", "--num", 2]),
+            "train": (train.main, train_args(place, "--steps", "3", "--out-dir", str(ckpt.parent))),
+            "rae": (rae.main, ["reconstruct", place / "photos" / "left" / "0.png", "--ckpt", ckpt,
+                               "--out", out, "--device", "cpu"]),
+            "fid": (fid.main, [ckpt, "--data-dir", place / "datasets", "--device", "cpu"])}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_checkpoint_is_one_line_and_stays_as_it_is(name, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(place / "out" / "run", run)
+    content = WRONG[name](torch.load(run / "ckpt.pt", weights_only=True))
+    (run / "ckpt.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, run / "ckpt.pt")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
+    for command, (main, argv) in commands(run / "ckpt.pt", place, tmp_path / "drawn").items():
+        status, lines = ends(main, argv)
+        assert status == 1 and len(lines) == 1, (command, lines)
+        assert "ckpt.pt cannot be used: " in lines[0] and "\x1b" not in lines[0] and len(lines[0]) < 400
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}              # no "evil", nothing drawn
+
+
+def test_a_flipped_bit_in_any_part_of_a_checkpoint_is_refused(place, tmp_path):
+    """torch.load does not look at its zip's checksums."""
+    good = (place / "out" / "run" / "ckpt.pt").read_bytes()
+    with zipfile.ZipFile(place / "out" / "run" / "ckpt.pt") as file:
+        records = [info for info in file.infolist() if info.file_size > 64]
+    for info in records[::25]:
+        bad = bytearray(good)
+        bad[info.header_offset + 30 + len(info.filename) + info.file_size // 2 + 64] ^= 4
+        (tmp_path / "ckpt.pt").write_bytes(bad)
+        status, lines = ends(sample.main, ["--ckpt", tmp_path / "ckpt.pt", "--device", "cpu"])
+        assert status == 1 and "cannot be used" in lines[0] and len(lines) == 1, info.filename
+
+
+def test_a_checkpoint_from_before_still_samples(tmp_path):
+    """Its layout is that of November 2026; the pictures are those that the code of then drew."""
+    out = tmp_path / "a.npz"
+    sample.main(["--ckpt", str(OLD), "--out", str(out), "--device", "cpu", "--num", "4", "--steps", "2"])
+    with np.load(out) as found:
+        assert found["labels"].tolist() == [0, 1, 0, 1]
+        assert found["arr_0"].mean((1, 2, 3)) == pytest.approx(OLD_MEANS, abs=0.02)
+
+
+OLD_MEANS = [78.69, 77.69, 77.25, 78.90]
+
+
+# ---- Arguments and places ------------------------------------------------------------------------
+
+BAD_ARGUMENTS = [
+    (train, 2, "--batch-size 1000000000000"), (train, 2, f"--seed {'9' * 30}"), (train, 2, "--image-size 100000"),
+    (train, 2, f"--steps {'9' * 5000}"), (train, 2, "--lr 1e400"), (train, 2, "--ema-decay 1.5"),
+    (train, 2, "--p-mean nan"), (train, 2, "--accumulate 0"), (train, 2, "--report -1"), (train, 2, "--device meta"),
+    (train, 2, "--device cuda:99"), (train, 2, "--dataset photos --data-dir photos"), (train, 2, "--dataset \x1b[2J"),
+    (train, 2, "--dataset photos --data-dir photos/cache"), (train, 2, "--dataset photos --out-dir photos/run"),
+    (train, 2, "--dataset photos --rae lite0 --image-size 63"), (train, 2, "--dataset photos --rae lite0 --image-size 4"),
+    (train, 2, "--dataset photos --rae lite0 --image-size 20"), (train, 2, "--dataset photos --image-size 40"),
+    (train, 2, "--decoder-steps 5"), (train, 2, "--split test"), (train, 1, "--dataset photos/left/0.png"),
+    (train, 1, "--dataset circle/"), (train, 1, "--dataset photos --data-dir file/deep"), (train, 1, f"--dataset ./{'n' * 300}"),
+    (train, 1, f"--dataset photos --out-dir {'n' * 300}"), (train, 1, "--dataset photos --out-dir circle"),
+    (train, 2, "--dataset photos --rae dinov2-b --image-size 256 --weights-dir /nowhere --steps 5 --epochs 3"),
+    (train, 1, "--dataset photos --rae dinov2-b --image-size 256 --weights-dir nowhere"),
+    (sample, 2, "--num 1000000000000"), (sample, 1, "--num 900000000"), (sample, 2, "--steps 0"),
+    (sample, 2, "--steps 99999"), (sample, 2, "--cfg inf"), (sample, 2, f"--seed {'1' * 30}"), (sample, 2, "--ema x\x1b[2J"),
+    (sample, 2, "--classes \x1b]0;x"), (sample, 2, "--out x.gif"), (sample, 2, "--out ckpt.pt"), (sample, 1, "--out file/x.png"),
+    (sample, 2, "--sigmas 1 2 3 4 5 6 7 8 9"), (sample, 2, "--npz --trajectory"), (sample, 2, "--device xla"),
+    (sample, 1, "--ckpt nowhere.pt"), (sample, 1, "--ckpt photos"), (sample, 1, "--ckpt pipe"), (sample, 1, "--ckpt circle"),
+    (sample, 1, f"--out {'n' * 300}.png"), (sample, 1, "--out pictures"),
+    (fid, 1, "nowhere photos"), (fid, 1, "pipe photos"), (fid, 1, "circle photos"), (fid, 1, "file photos"),
+    (fid, 2, "photos photos --features x"), (fid, 2, "photos photos --batch-size 1e9"), (fid, 2, "photos photos --metrics fid,x\x1b"),
+    (fid, 2, "photos photos --features toy --as-pytorch-fid"), (fid, 2, "photos"), (fid, 1, "photos photos --inception-weights pipe"),
+    (fid, 1, "photos photos --inception-weights file"), (fid, 1, "huge.npz photos --features toy"), (fid, 1, "evil.npz stats.npz"),
+    (fid, 1, "pipe.pt"), (rae, 2, "photos"), (rae, 1, "reconstruct pipe --ckpt CKPT"), (rae, 1, "reconstruct photos --ckpt CKPT"),
+    (rae, 1, "reconstruct nowhere.png --ckpt CKPT"), (rae, 2, "reconstruct photos/left/0.png --ckpt CKPT --out photos/left"),
+    (rae, 1, "reconstruct photos/left/0.png --ckpt CKPT --out file"), (flops, 2, "--model SiT-Q/1"), (flops, 2, "--steps -1"),
+]
+
+
+@pytest.fixture
+def room(place, tmp_path, monkeypatch):
+    """A working folder with things that are in the way."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(place / "photos", "photos")
+    os.symlink("circle", "circle")
+    os.mkfifo("pipe")
+    os.mkfifo("pipe.pt")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (9, 9)).save("pictures/other.png")
+    shutil.copy(place / "stats.npz", "stats.npz")
+    with zipfile.ZipFile("huge.npz", "w", zipfile.ZIP_DEFLATED) as file:      # claims 10^15 pixels
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False,
+                                                      "shape": (10 ** 9, 600, 600, 3)})
+        file.writestr("arr_0.npy", header.getvalue() + bytes(1000))
+    np.savez("evil.npz", mu=np.zeros(3), sigma=np.array([{}], dtype=object))
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(len(BAD_ARGUMENTS)))
+def test_bad_arguments_are_one_line(number, room, place):
+    script, status, text = BAD_ARGUMENTS[number]
+    ckpt = str(place / "out" / "run" / "ckpt.pt")
+    argv = [ckpt if word == "CKPT" else word for word in text.split(" ")]
+    if script is sample and "--ckpt" not in argv:
+        argv += ["--ckpt", ckpt]
+    if script in (train, sample, fid) and "--device" not in argv:
+        argv += ["--device", "cpu"]
+    photos = {path: path.read_bytes() for path in (place / "photos").rglob("*.png")}
+    found, lines = ends(script.main, argv)
+    assert found == status and len(lines) == 1, lines
+    assert "\x1b" not in lines[0] and len(lines[0]) < 700
+    assert photos == {path: path.read_bytes() for path in (place / "photos").rglob("*.png")}
+
+
+def test_a_recipe_is_only_shown(place, tmp_path, monkeypatch):
+    """It may name a checkpoint elsewhere, hold terminal codes, any type: nothing is written there."""
+    monkeypatch.setattr(fid.toy, "networks", lambda *args, networks=toy.networks(None, None, 5): networks)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with np.load(place / "out" / "run" / "samples.npz") as found:
+        pictures = found["arr_0"]
+    deep = "[" * 50_000 + "]" * 50_000
+    for recipe in (json.dumps({"checkpoint": str(elsewhere / "ckpt.pt"), "x": "\x1b[2J\n\x07"}), deep, "{", "[1]",
+                   '{"a": ' + "9" * 5000 + "}", '{"features": 5}', '{"features": {"pipeline": ["x"]}}', "null",
+                   '{"features": {"pipeline": "\\u001b[2J"}}', json.dumps({"\x1b[2J": {"a": {"b": [1, {}]}}})):
+        np.savez(tmp_path / "s.npz", arr_0=pictures, recipe=recipe)
+        out = io.StringIO()
+        err = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            fid.main([str(tmp_path / "s.npz")] * 2 + ["--features", "toy", "--device", "cpu"])
+        assert "\x1b" not in out.getvalue() + err.getvalue() and "\x07" not in out.getvalue()
+        assert "Frechet distance" in out.getvalue()
+    assert not list(elsewhere.iterdir())
+
+
+# ---- Caches and logs -----------------------------------------------------------------------------
+
+def test_a_damaged_cache_is_encoded_again(photos, tmp_path, capsys):
+    train.main(train_args(tmp_path, "--encode-only"))
+    folder = next((tmp_path / "datasets" / "latents").iterdir())
+    good, ticks = (folder / "latents.npy").read_bytes(), (folder / "done.npy").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    zeros = good[:128] + bytes(len(good) - 128)               # ticked off without being written
+    wrong_type = io.BytesIO()
+    np.save(wrong_type, np.frombuffer(good[128:], np.float16).astype(np.float32))
+    capsys.readouterr()
+    for name, content, words in [
+            ("latents", flipped, "1 of 1 parts of"), ("latents", zeros, "1 of 1 parts of"),
+            ("latents", good[:-7], "is damaged"), ("latents", wrong_type.getvalue(), "is damaged"),
+            ("latents", b"", "is damaged"), ("done", ticks[:-1], "is damaged"), ("done", b"\x93NUMPY", "is damaged"),
+            ("done", ticks[:-8] + bytes(8), "encoded 36 pictures"), ("manifest", b'{"data', "is damaged"),
+            ("manifest", b"[1]", "is damaged"), ("latents", None, "is damaged")]:
+        path = folder / (f"{name}.json" if name == "manifest" else f"{name}.npy")
+        path.unlink() if content is None else path.write_bytes(content)
+        train.main(train_args(tmp_path, "--encode-only"))
+        said = capsys.readouterr().out
+        assert words in said and "encoded 36 pictures" in said, (name, said)
+        assert (folder / "latents.npy").read_bytes() == good and (folder / "done.npy").read_bytes() == ticks
+    train.main(train_args(tmp_path, "--encode-only"))
+    assert "encoded" not in capsys.readouterr().out
+
+
+def test_a_large_cache_is_checked_by_encode_only(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rae.LatentCache, "small", 0)
+    train.main(train_args(tmp_path, "--encode-only"))
+    path = next((tmp_path / "datasets" / "latents").iterdir()) / "latents.npy"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    capsys.readouterr()
+    train.main(train_args(tmp_path, "--steps", "1"))
+    assert "damaged" not in capsys.readouterr().out
+    train.main(train_args(tmp_path, "--encode-only", "--out-dir", str(tmp_path / "other")))
+    assert "1 of 1 parts of" in capsys.readouterr().out and path.read_bytes() == good
+
+
+def test_a_log_never_stands_in_the_way(photos, tmp_path, capsys):
+    train.main(train_args(tmp_path, "--steps", "2"))
+    log = tmp_path / "out" / "run" / "log.jsonl"
+    good = log.read_text()
+    for content in (b'{"step": 2, "lo', b"\xff\xfe\n[1]\n7\nnull\n", b'{"step": "2"}\n', b'{"step": ' + b"9" * 5000 + b"}\n"):
+        log.write_bytes(good.encode() + content)
+        shutil.copytree(tmp_path / "out" / "run", tmp_path / "out" / "again")
+        train.main(train_args(tmp_path, "--steps", "4", "--out-dir", str(tmp_path / "out" / "again")))
+        lines = (tmp_path / "out" / "again" / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [2, 4]
+        aside = next((tmp_path / "out" / "again").glob("log-with-broken-lines-*"))
+        assert aside.read_bytes() == good.encode() + content and str(aside) in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "out" / "again")
+
+
+def test_what_a_killed_run_lacks_is_made(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 20, 64))
+    argv = train_args(tmp_path, "--steps", "4", "--sample-every", "2", "--report", "12")
+    train.main(argv)
+    run = tmp_path / "out" / "run"
+    before = {name: (run / name).read_bytes() for name in ("quality.json", "samples-0000004.png", "ckpt.pt")}
+    times = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != ".lock"}
+    train.main(argv)                                          # a finished run is left alone
+    assert times == {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != ".lock"}
+    (run / "quality.json").unlink()
+    (run / "samples-0000004.png").unlink()
+    train.main(argv)
+    assert before == {name: (run / name).read_bytes() for name in before}
+
+
+def test_a_state_is_judged_before_it_replaces_a_good_one(photos, tmp_path):
+    argv = train_args(tmp_path, "--save-every", "1", "--warmup-steps", "0", "--clip", "0")
+    train.main([*argv, "--steps", "1"])
+    run = tmp_path / "out" / "run"
+    good = torch.load(run / "ckpt.pt", weights_only=True)
+    good["args"]["lr"] = 1e38
+    torch.save(good, run / "ckpt.pt")
+    before = (run / "ckpt.pt").read_bytes()
+    status, lines = ends(train.main, [*argv, "--steps", "3", "--lr", "1e38"])
+    assert status == 1 and "is not finite; what is on the disk is from before" in lines[-1], lines
+    assert (run / "ckpt.pt").read_bytes() == before
+
+
+def test_temporary_files_of_the_dead_are_swept(tmp_path):
+    import common
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ours = common.part_of(tmp_path / "a").name
+    names = {ours: True, ours.replace(str(os.getpid()), str(dead.pid)): False,
+             ".part-1-another.host-a": True, ".part-x": True}
+    for name in names:
+        (tmp_path / name).mkdir()
+    common.sweep(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+# ---- Kills ---------------------------------------------------------------------------------------
+
+def start(folder, *more):
+    command = [sys.executable, str(ROOT / "train.py"), *train_args(folder, "--save-every", "3", *more)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL)
+
+
+def test_stopped_and_killed_at_many_points_ends_in_the_same_bits(photos, tmp_path):
+    """SIGTERM saves and ends with 143; kill -9 loses what came after the last save."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole):
+        folder.mkdir()
+        (folder / "photos").symlink_to(photos)
+    run, rng, step, steps = killed / "out" / "run", random.Random(0), 0, ("--steps", "900")
+    kinds = [signal.SIGTERM, signal.SIGKILL, signal.SIGKILL] * 2 + [signal.SIGTERM, signal.SIGKILL]
+    for kind in kinds:
+        process = start(killed, *steps)
+        deadline = time.time() + 60
+        while time.time() < deadline and process.poll() is None:
+            log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+            if log and log[-1].endswith("}") and json.loads(log[-1])["step"] > step + 4:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(kind)
+        lines = process.communicate()[1].decode().replace("\r", "\n").splitlines()
+        if kind != signal.SIGKILL:
+            assert process.returncode == 128 + kind and "and saved: the same command resumes it" in lines[-1]
+        saved = torch.load(run / "ckpt.pt", weights_only=True)["step"]
+        assert step < saved < 900
+        step = saved
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train.main(train_args(killed, *steps))
+        train.main(train_args(whole, *steps))
+    finally:
+        torch.set_num_threads(threads)
+    a, b = (torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True) for folder in (killed, whole))
+    for part in ("model", "ema", "optimizer", "step"):
+        assert equal(a[part], b[part]), part
+    assert not list(run.glob(".part-*"))
+
+
+def test_two_processes_stop_together(photos, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "train.py"), *train_args(tmp_path, "--steps", "100000")]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    log, deadline = tmp_path / "out" / "run" / "log.jsonl", time.time() + 60
+    while time.time() < deadline and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    process.terminate()
+    said = process.communicate()[1].decode()
+    assert said.count("and saved: the same command resumes it") == 1 and "RuntimeError" not in said
+    assert torch.load(log.parent / "ckpt.pt", weights_only=True)["step"] > 2
+
+
+def test_one_process_speaks_for_all(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for argv, words in ((["--dataset", "/nowhere"], "/nowhere does not exist"), (["--stepps", "2"], "--stepps")):
+        found = subprocess.run([*torchrun, str(ROOT / "train.py"), *argv], capture_output=True, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+        lines = [line for line in found.stderr.splitlines() if line.startswith("train.py: error: ")]
+        assert found.returncode and len(lines) == 1 and words in lines[0]
+        assert 'File "' + str(ROOT) not in found.stderr       # no traceback of ours
+
+
+def test_a_closed_pipe_and_a_full_output():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import flops; flops.main([])"
+    reader = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reader.stdout.readline()
+    reader.stdout.close()
+    assert reader.stderr.read() == b"" and reader.wait() in (0, 141)
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            found = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert found.returncode == 1 and found.stderr.count("\n") == 1 and "output" in found.stderr
+
+
+def test_no_memory_is_one_line():
+    from common import explain
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ..."),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
+        text, status = explain(error)
+        assert status == 1 and "--batch-size" in text and "--accumulate" in text
+    assert explain(RuntimeError("a bug"))[0] is None
+
+
+# ---- Fuzz ----------------------------------------------------------------------------------------
+
+def damaged(content, rng):
+    """One of the accidents that files have."""
+    content, kind = bytearray(content), rng.randrange(6)
+    at, n = rng.randrange(len(content)), rng.randrange(1, 64)
+    if kind == 0:
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del content[at:]
+    elif kind == 2:
+        content[at:at + n] = bytes(n)
+    elif kind == 3:
+        content[at:at + n] = rng.randbytes(n)
+    elif kind == 4:
+        del content[at:at + n]
+    else:
+        content[at:at] = rng.randbytes(n)
+    return bytes(content)
+
+
+def test_damaged_files_end_in_a_line_or_are_made_again(place, tmp_path, monkeypatch):
+    """200 mutations of each kind of file; SLOW=1: 4,000."""
+    monkeypatch.setattr(fid.toy, "networks", lambda *args, networks=toy.networks(None, None, 5): networks)
+    work = tmp_path / "work"
+    shutil.copytree(place, work)
+    run, rng = work / "out" / "run", random.Random(0)
+    endings = "png jpg webp tif bmp gif ppm jp2 tga".split()
+    for i, path in enumerate(sorted((work / "photos").rglob("*.png"))):
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(path.with_suffix(f".{endings[i % len(endings)]}"))
+        if endings[i % len(endings)] != "png":
+            path.unlink()
+    encode = (train.main, train_args(work, "--encode-only", "--out-dir", str(work / "none")))
+    ends(*encode)
+    latents = [path for path in (work / "datasets" / "latents").rglob("*.*") if "photos" in str(path)]
+    photos = sorted((work / "photos").rglob("*.*"))
+    device = ["--device", "cpu"]
+    kinds = [
+        ([run / "ckpt.pt"], sample.main, ["--ckpt", run / "ckpt.pt", "--num", 1, "--steps", 1, "--out", work / "x.png", *device]),
+        ([run / "samples.npz"], fid.main, [run / "samples.npz", run / "samples.npz", "--features", "toy", *device]),
+        ([work / "stats.npz"], fid.main, [work / "stats.npz", work / "stats.npz", *device]),
+        (photos, *encode), (photos, encode[0], [*encode[1], "--skip-bad"]), (latents, *encode)]
+    for i in range(4000 if os.environ.get("SLOW") else 200):
+        files, main, argv = kinds[i % len(kinds)]
+        file = rng.choice([file for file in files if file.exists()])
+        good = file.read_bytes()
+        file.write_bytes(bad := damaged(good, rng))
+        status, lines = ends(main, argv)                      # any other exception is one of ours
+        assert status == 0 or status == 1 == len(lines), (i, file, lines)
+        if files is latents:
+            assert status == 0
+        else:
+            assert file.read_bytes() == bad
+            file.write_bytes(good)

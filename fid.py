@@ -868,7 +868,7 @@ def measure_sets(sets, metrics, kind, pipeline, weights, data_dir, setting):
     pipeline = next(filter(None, [
         pipeline, *(s.made_with.get("pipeline") for s in (B, A)),
         *(s.presumed_pipeline for s in (B, A)), "pytorch"]))
-    if pipeline not in InceptionV3.PIPELINES:
+    if kind not in NETWORKS and pipeline not in InceptionV3.PIPELINES:
         raise UserError(f"statistics of the pipeline {one_line(pipeline, 30)}: there are "
                         f"{' and '.join(InceptionV3.PIPELINES)}")
     spaces = {space for pair in needs for some in pair for space in some}

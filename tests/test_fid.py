@@ -611,7 +611,7 @@ def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
     assert noise[0] == table[0] and all(row["frechet_lite0"] > 1.5 * floor for row in noise[1:])
 
     make_photos(tmp_path / "others", classes=("left", "right"), each=2)
-    make_photos(tmp_path / "single", each=1)
+    make_photos(tmp_path / "single", each=1, size=(50, 44))
     photos = trained.parent.parent / "photos"
     for B, word in ((tmp_path / "others", "has the classes left, right, not the run's, left, right, top"),
                     (tmp_path / "single", "single has 1 of 3 pictures in the class left"),

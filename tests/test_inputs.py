@@ -18,7 +18,7 @@ import fid
 import sample
 import train
 from common import UserError
-from conftest import ROOT, make_photos, train_args
+from conftest import ROOT, train_args
 from data import describe, load_dataset, picture_files, read_picture
 from rae import LatentCache, fit_rae
 

@@ -331,7 +331,7 @@ def test_the_papers_run_from_end_to_end(weights, server, tmp_path, capsys):
     assert before["args"]["lr"] == 1e-4 and before["args"]["alpha_max"] == 85
     assert before["args"]["dtype"] == "bfloat16"
 
-    found = subprocess.run([sys.executable, *driver, "--steps", "3"],
+    found = subprocess.run([sys.executable, *driver, "--steps", "3", "--report", "0"],
                            env={**environment, "HF_HUB_OFFLINE": "1"},
                            capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr

@@ -61,22 +61,24 @@ def user_errors(main):
         try:
             with on_signals(stop):
                 result = main(argv)
-                flush()
+                sys.stdout.flush()
                 with contextlib.suppress(RuntimeError):       # another failed, and says so itself
                     barrier()   # or gloo's threads, not yet done with tensors, could deadlock below
+                if received:                                  # somebody had caught it
+                    raise KeyboardInterrupt
                 return result
-        except BrokenPipeError:                               # of `| head`: it has seen enough
-            no_more_output()
-            raise SystemExit(141) from None
         except (Exception, KeyboardInterrupt) as error:
             text, status = explain(error, received)
             speaks = first_to_fail()
-            if speaks and not text:
+            if speaks and text is None:
                 raise
+            if isinstance(error, OSError) and not error.filename:     # maybe of the output
+                with contextlib.suppress(OSError):            # or Python would try it again
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-        if speaks:
+        if speaks and text:
             print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
         raise SystemExit(status)
     return wrapped
@@ -88,26 +90,13 @@ def explain(error, signals=()):
         return "error: " * (error.status < 128) + str(error), error.status
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what is on the disk is whole", 128 + (signals or [signal.SIGINT])[0]
+    if isinstance(error, BrokenPipeError):                    # of `| head`: it has seen enough
+        return "", 141
     if isinstance(error, OSError) and error.errno in DISK_REFUSES:
         return f"error: {error.filename or 'the disk or the output'}: {error.strerror}", 1
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         return "error: out of memory: lower --batch-size, or raise --accumulate of train.py", 1
     return None, 1
-
-
-def flush():
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        no_more_output()
-        raise UserError(f"the standard output cannot be written: {error.strerror}") from error
-
-
-def no_more_output():
-    """Or Python would try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -400,8 +400,7 @@ def check_checkpoint(checkpoint):
 
     C = checkpoint["model"]["x_embedder.weight"].shape[1]
     side = round(checkpoint["model"]["pos_embed"].shape[1] ** 0.5)
-    with torch.device("meta"):
-        model = SiT_models[args["model"]](input_size=side, in_channels=C, num_classes=len(classes))
+    model = SiT_models[args["model"]](input_size=side, in_channels=C, num_classes=len(classes))
     expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
     for name, state in (("model", checkpoint["model"]), *checkpoint["ema"].items()):
         if {key: (value.shape, value.dtype) for key, value in state.items()} != expected:

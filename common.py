@@ -15,6 +15,8 @@ import sys
 import threading
 import warnings
 import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -95,7 +97,8 @@ def explain(error, signals=()):
     if isinstance(error, OSError) and error.errno in DISK_REFUSES:
         return f"error: {error.filename or 'the disk or the output'}: {error.strerror}", 1
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-        return "error: out of memory: lower --batch-size, or raise --accumulate of train.py", 1
+        return ("error: out of memory: lower --batch-size; of train.py raise --accumulate, or give "
+                "--checkpoint-activations"), 1
     return None, 1
 
 
@@ -172,6 +175,8 @@ def setup(device="auto"):
     except (RuntimeError, AssertionError) as error:
         why = one_line(str(error).splitlines()[0])
         raise UserError(f"--device {device} cannot be used here: {why}") from error
+    # float32 is float32, on every device: what may be coarser is under autocast.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if world == 1 and torch.cuda.device_count() > 1:
@@ -236,6 +241,18 @@ def from_first(value):
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def prefetch(load, jobs, ahead=2):
+    """load(job) for each job; a thread keeps some of them ready."""
+    with ThreadPoolExecutor(1) as pool:
+        queue = deque()
+        for job in jobs:
+            queue.append(pool.submit(load, job))
+            if len(queue) > ahead:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
 
 
 def autocast(dtype, device):

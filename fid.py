@@ -23,7 +23,6 @@ import sys
 import textwrap
 import warnings
 import zipfile
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,9 +42,9 @@ from torchvision.models.inception import BasicConv2d, Inception3
 from tqdm import tqdm
 
 from common import (ArgumentParser, UserError, file_hash, first_process_first, from_first,
-                    from_hub, hash_of, load_tensors, number, one_line, physical_memory, printable,
-                    resize, say, setup, table_text, to_float, to_uint8, user_errors, write_json,
-                    write_whole)
+                    from_hub, hash_of, load_tensors, number, one_line, physical_memory, prefetch,
+                    printable, resize, say, setup, table_text, to_float, to_uint8, user_errors,
+                    write_json, write_whole)
 from data import (IMAGE_SIZE, count_of, download, is_plain, load_dataset, open_picture,
                   picture_files, to_tensor, upright_rgb)
 from laptop import lite0, toy  # laptop
@@ -573,18 +572,6 @@ def diversity(images, labels):
 
 # ---- One pass over the pictures of a set ---------------------------------------------------------
 
-def prefetch(load, batches, ahead=2):
-    """load(batch) for each batch; a thread keeps some of them ready while the network works."""
-    with ThreadPoolExecutor(1) as pool:
-        queue = deque()
-        for batch in batches:
-            queue.append(pool.submit(load, batch))
-            if len(queue) > ahead:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-
-
 @torch.inference_mode()
 def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world=1, device="cpu"):
     """-> {space: Statistics} for `statistics` and {space: (n, dim), in order} for `rows`, the same
@@ -808,7 +795,6 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if args.A.endswith(".pt"):
         if rank == 0:                                         # one process does it
             table, run, step = report_of_run(args.A, args.B, args.features, args.data_dir,

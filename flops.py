@@ -3,12 +3,14 @@
     python flops.py                                       # the paper's tables, beside what it says
     python flops.py --model SiT-XL/1 --steps 4 --cfg      # any choice
     python flops.py --bench                               # measure this machine
+    python flops.py --bench --against usual               # and how the plainest loop compares
     python flops.py --bench --model SiT-XL/1 --batch-size 64 --repeat 50
 
 A multiply-accumulate (MAC) is two FLOPs. There are two conventions: the paper's counts linear
 layers and convolutions; `whole` has attention's two products, too. All is for pictures of 256 x 256
 and the official autoencoder's latents of 768 x 16 x 16.
 """
+import argparse
 import copy
 import functools
 import itertools
@@ -26,12 +28,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import sphere
-from common import (ArgumentParser, UserError, number, peak_memory_gb, setup, table_text,
+from common import (ArgumentParser, UserError, number, peak_memory_gb, prefetch, setup, table_text,
                     user_errors)
 from model import SiT_models
 from rae import DINOv2Encoder, ViTDecoder
 from sample import predict
-from train import PAPER, PRESETS, Learner
+from train import PAPER, PRESETS, Learner, compiles
 
 # ---- The counter ---------------------------------------------------------------------------------
 
@@ -212,7 +214,50 @@ def timed(run, device, repeat, warm_up):
             for a, b in itertools.pairwise(marks)]
 
 
-def bench(name, steps, guided, batch, dtype, device, repeat):
+class RandomLatents:
+    """In the place of rae.LatentCache, in memory."""
+
+    def __init__(self, n):
+        self.latents = torch.randn(n, 2, *LATENT).half().numpy()
+        self.labels = torch.arange(n) % 1000
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices, flips):
+        return torch.from_numpy(self.latents[indices, flips]), self.labels[indices]
+
+
+class UsualLoop:
+    """The plainest loop over the same network: eager, float32, two forwards, an EMA tensor by
+    tensor, data in line, a number read at every step."""
+
+    def __init__(self, name, batch, latents, device):
+        self.model = SiT_models[name]().to(device)
+        self.ema = copy.deepcopy(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PAPER["lr"], foreach=False)
+        self.batch, self.latents, self.device = batch, latents, device
+
+    def step(self):
+        chosen = torch.randint(len(self.latents), (self.batch,)).numpy()
+        z, y = self.latents.batch(chosen, chosen % 2)
+        z, y = z.to(self.device).float(), y.to(self.device)
+        hi, lo = (t.to(self.device) for t in sphere.noise_pair(
+            self.batch, PAPER["noise_dist"], PAPER["p_mean"], PAPER["p_std"], PAPER["alpha_max"],
+            PAPER["alpha_mix"], PAPER["mix_prob"]))
+        eps, v = torch.randn_like(z), sphere.spherify(z)
+        z_hi, z_lo = (self.model(sphere.add_noise(v, sigma, eps), y) for sigma in (hi, lo))
+        loss = sphere.reconstruction_loss(z_lo, z) + sphere.consistency_loss(z_hi, z_lo)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for average, weight in zip(self.ema.parameters(), self.model.parameters()):
+                average.mul_(PAPER["ema_decay"][0]).add_(weight, alpha=1 - PAPER["ema_decay"][0])
+        return loss.item()
+
+
+def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, against=None):
     """-> what was run, and a row for each measured thing. Weights and latents are random."""
     gpu, rows, rates = device.type != "cpu", [], {}
 
@@ -237,35 +282,45 @@ def bench(name, steps, guided, batch, dtype, device, repeat):
 
     # A step as train.py does it, but for the latents, which are the same each time.
     learner = Learner({**PAPER, "model": name, "batch_size": batch, "dtype": dtype, "seed": 0},
-                      LATENT, 1000, device)
+                      LATENT, 1000, device, compiles=compile)
     z, y = torch.randn(batch, *LATENT, device=device), torch.arange(batch, device=device) % 1000
-    steps_done = itertools.count()
+    steps_done, latents = itertools.count(), RandomLatents(4 * batch)
+    batches = prefetch(lambda step: learner.micro_batch(latents, step, 0), itertools.count())
 
     def train(to_log=False):
         step = next(steps_done)
-        sums = learner.add_gradients(step, lambda mine, flips: (z, y), to_log)
+        sums = learner.add_gradients(step, batches, to_log)
         norm = learner.update(step, PAPER["lr"])
-        return to_log and (sums["loss"].item(), norm)
+        return to_log and (sums["loss"].item(), norm.item())
 
-    first = train(to_log=True)
+    first, learner.waited, started = train(to_log=True), 0.0, time.perf_counter()
     measure("training step", batch, dtype, training_cost(name)[1].item(), train)
     last = train(to_log=True)
+    learner.check()
+    waiting = learner.waited / (time.perf_counter() - started)
+    if against == "usual":
+        usual = UsualLoop(name, batch, latents, device)
+        measure("the usual loop's step", batch, "float32", training_cost(name)[1].item(),
+                usual.step)
+        usual = None
 
     denoiser = functools.partial(predict, learner.model, {}, dtype)
     measure(f"sampling, {steps} steps" + ", guided" * guided, batch, dtype,
             steps * (1 + guided) * cost(name)[1][1].item(),
             lambda: sphere.sample(denoiser, z.shape, y, steps, 2.0 if guided else 1.0,
-                                  null_class=1000))
+                                  null_class=1000, together=True))
+    compiled = "not compiled" if learner.parallel is learner.model else "compiled"
     learner = denoiser = None
     pictures = torch.rand(batch, *PICTURE, device=device)
     for what, part, x in (("decoding", "decoder", z), ("encoding", "encoder", pictures)):
         model = build(part).to(device)
         with torch.no_grad():
             measure(what, batch, "float32", cost(part)[1][1].item(), lambda: model(x))
-    return {"model": name, "batch": batch, "dtype": dtype, "compiled": False,
+    return {"model": name, "batch": batch, "dtype": dtype, "compiled": compiled,
             "torch": torch.__version__, "device": device_name(device), "repeat": repeat,
             "rows": rows, "training": {"steps": next(steps_done), "first loss": first[0],
-                                       "last loss": last[0], "last gradient norm": last[1]}}
+                                       "last loss": last[0], "last gradient norm": last[1],
+                                       "waiting for data": waiting}}
 
 
 def device_name(device):
@@ -293,9 +348,10 @@ ratio: SE / GFLOPs.""",
 Training: two views of an example, forward and backward (2 x forward); 256 examples a step, 512 for
 imagenet. Eq. 4: a third view, for latent consistency. encoding: of the pictures in every step.
 A step in TFLOPs (10^12), an epoch in PFLOPs (10^15), a run in EFLOPs (10^18).""",
-    "steps": "{} training steps, all finite: loss {:.2f}, at last {:.2f}, gradient norm {:.2f}",
+    "steps": "{} training steps, all finite: loss {:.2f}, at last {:.2f}, gradient norm {:.2f};\n"
+             "{:.1%} of their time was waiting for data",
     "bench": """\
-{model}, batch {batch}, {dtype}, not compiled, torch {torch}
+{model}, batch {batch}, {dtype}, {compiled}, torch {torch}
 {device}
 Medians of {repeat} runs, from the fastest to the slowest. Rates are of `whole` FLOPs; used: the
 share of the rate of the large product in the same dtype. GB: peak memory; on CUDA the device's in
@@ -319,6 +375,10 @@ def main(argv=None):
         help="runs that are timed; if not given 20, without a GPU 5")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the denoiser; if not given bfloat16, without a GPU float32")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="as of train.py; if not given, on a GPU where a compiler is there")
+    add("--against", choices=("usual",), help="measure the plainest training loop, too: eager, "
+        "float32, two forwards, data in line")
     add("--device", help="auto, cpu, cuda or mps; if not given auto")
     args = parser.parse_args(argv)
     steps, guided = args.steps or 4, args.cfg
@@ -330,15 +390,22 @@ def main(argv=None):
             model, batch, dtype, repeat = "SiT-S/1", 1, "float32", 5
         try:
             found = bench(args.model or model, steps, guided, args.batch_size or batch,
-                          args.dtype or dtype, device, args.repeat or repeat)
+                          args.dtype or dtype, device, args.repeat or repeat,
+                          compiles(args.compile, device), args.against)
         except RuntimeError as error:                         # a CPU or MPS has no class of its own
             if "memory" not in str(error):
                 raise
             raise UserError("out of memory: try a smaller --batch-size or --model") from error
         text = (f"{EXPLAINED['bench'].format(**found)}\n\n{table_text(found['rows'])}\n\n" +
                 EXPLAINED["steps"].format(*found["training"].values()))
-    elif args.batch_size or args.repeat or args.dtype or args.device:
-        raise UserError("--batch-size, --repeat, --dtype, --device say how to measure: add --bench")
+        if args.against:
+            ms = {row["what"]: row["ms"] for row in found["rows"]}
+            ratio = ms["the usual loop's step"] / ms["training step"]
+            text += f"\nthe usual loop takes {ratio:.2f} times as long"
+    elif (args.batch_size or args.repeat or args.dtype or args.device or args.against
+          or args.compile is not None):
+        raise UserError("--batch-size, --repeat, --dtype, --compile, --against, --device tell how to "
+                        "measure: add --bench")
     elif args.model or args.steps or guided:
         model = args.model or "SiT-B/1"
         parts = {"the denoiser, once": cost(model)[1], "the decoder, once": cost("decoder")[1],

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def modulate(x, shift, scale):
@@ -88,6 +89,7 @@ class SiT(nn.Module):
                              f"num_heads {num_heads} and 4 must divide hidden_size {hidden_size}")
         self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        self.checkpoint_activations = False           # compute blocks twice, to save memory
 
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size)
@@ -132,7 +134,10 @@ class SiT(nn.Module):
         x = x + self.pos_embed
         c = self.y_embedder(y)                                           # (B, D)
         for block in self.blocks:
-            x = block(x, c)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)
         x = self.final_layer(x, c)                                       # (B, T, p * p * C)
 
         p = self.patch_size

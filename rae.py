@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from common import (ArgumentParser, UserError, barrier, first_not_finite, first_process_first,
                     folder_by_hash, free_bytes, from_first, from_hub, keyed_generator,
-                    load_renamed, load_tensors, one_line, part_of, printable, reserve, say, setup,
-                    sweep, to_float, to_uint8, user_errors, verify, write_json, write_whole)
+                    load_renamed, load_tensors, one_line, part_of, prefetch, printable, reserve,
+                    say, setup, sweep, to_float, to_uint8, user_errors, verify, write_json,
+                    write_whole)
 from data import centre_crop, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
 from model import SiT_models, sincos_2d
@@ -466,6 +467,9 @@ class LatentsOnTheFly:
     def __init__(self, dataset, rae):
         self.dataset, self.rae = dataset, rae
 
+    def __len__(self):
+        return len(self.dataset.labels)
+
     def batch(self, indices, flips):
         """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
         images, flips = self.dataset.load(indices), torch.as_tensor(flips).view(-1, 1, 1, 1)
@@ -506,10 +510,9 @@ class LatentCache:
         n = sum(map(len, todo))
         with tqdm(total=n, desc="encoding", unit=" pictures", disable=rank != 0 or not todo,
                   leave=False) as bar:
-            for part in todo:
+            for part, images in zip(todo, prefetch(dataset.load, todo, ahead=1)):
                 c = part.start // self.chunk
                 done[c] = 0
-                images = dataset.load(part)
                 for flip in range(self.latents.shape[1]):
                     z = encode_to_half(rae, images.flip(3) if flip else images, part)
                     self.latents[part.start:part.stop, flip] = z.cpu().numpy()
@@ -568,6 +571,9 @@ class LatentCache:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
+    def __len__(self):
+        return len(self.labels)
+
     def batch(self, indices, flips):
         """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
         return torch.from_numpy(self.latents[indices, flips]), self.labels[indices]
@@ -577,7 +583,8 @@ class LatentCache:
 
 def write_reconstruction(rae, file, path):
     """Original beside reconstruction, both in 8 bits -> path; returns the PSNR between them, dB."""
-    picture = centre_crop(read_picture(file), picture_sides(rae.name, rae.image_size)[0])
+    side = picture_sides(rae.name, rae.image_size, rae.patch_size)[0]
+    picture = centre_crop(read_picture(file), side)
     decoded = to_uint8(rae.decode(rae.encode(to_float(to_tensor(picture)[None].to(rae.device)))))
     decoded = decoded[0].cpu()                                # (3, S, S)
     original = to_tensor(picture.resize(decoded.shape[1:], Image.Resampling.BICUBIC))

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 import sphere
 from common import (ArgumentParser, UserError, autocast, barrier, first_process_first, free_bytes,
-                    from_first, keyed_generator, number, one_line, part_of, printable, reserve,
-                    setup, sweep, to_uint8, user_errors, write_whole)
+                    from_first, keyed_generator, number, one_line, part_of, prefetch, printable,
+                    reserve, setup, sweep, to_uint8, user_errors, write_whole)
 from data import ENDINGS
 from model import SiT_models
 from rae import load_checkpoint, load_rae
@@ -76,20 +77,30 @@ def draw(denoiser, rae, indices, labels, seed, steps, null_class, batch_size=50,
          **settings):
     """Pictures number `indices` (n,) of a seed, with labels (n,) -> uint8 (n, 3, S, S), on the CPU;
     with trajectory, what each step predicts: (steps, n, 3, S, S). settings: as sphere.sample."""
-    batches = []
-    for part, y in zip(indices.split(batch_size), labels.split(batch_size)):
+    batches = draw_batches(denoiser, rae, indices.split(batch_size), labels.split(batch_size), seed,
+                           steps, null_class, trajectory, **settings)
+    frames = torch.cat(list(batches), dim=1)
+    return frames if trajectory else frames[0]
+
+
+def draw_batches(denoiser, rae, indices, labels, seed, steps, null_class, trajectory, **settings):
+    """As draw, for lists of batches: yields (frames, n, 3, S, S) for each."""
+    def noise_of(part):                                       # drawn ahead, by a thread
+        generators = [keyed_generator("sample", seed, int(i)) for i in part]
+        draws = 1 if settings.get("noise") == "same" else steps
+        return iter([sphere.draw_noise((len(part), *rae.latent_shape), generators, "cpu")
+                     for _ in range(draws)])
+
+    for part, y, noise in zip(indices, labels, prefetch(noise_of, indices)):
         predictions = []
         z = sphere.sample(denoiser, (len(part), *rae.latent_shape), y.to(rae.device), steps,
                           null_class=null_class, trajectory=predictions if trajectory else None,
-                          generator=[keyed_generator("sample", seed, int(i)) for i in part],
-                          **settings)
+                          generator=noise, together=True, **settings)
         if not z.isfinite().all():
             raise UserError("the sampled latents are not finite: try less guidance, or the float32 "
                             "of --device cpu")
         shown = predictions if trajectory else [z]
-        batches.append(torch.stack([to_uint8(rae.decode(latents)).cpu() for latents in shown]))
-    frames = torch.cat(batches, dim=1)
-    return frames if trajectory else frames[0]
+        yield torch.stack([to_uint8(rae.decode(latents)).cpu() for latents in shown])
 
 
 def picture_grid(images, columns, captions):
@@ -198,12 +209,12 @@ def main(argv=None):
     with shared_array(out, shape, rank) as pictures:
         started = time.perf_counter()
         starts = range(rank * args.batch_size, num, world * args.batch_size)
-        for start in tqdm(starts, desc="sampling", unit="batch",
-                          disable=rank != 0 or len(starts) < 2):
-            indices = torch.arange(start, min(start + args.batch_size, num))
-            pictures[:, indices] = draw(denoiser, rae, indices, labels[indices], args.seed, steps,
-                                        len(classes), args.batch_size, args.trajectory,
-                                        **settings).numpy()
+        parts = [torch.arange(start, min(start + args.batch_size, num)) for start in starts]
+        batches = draw_batches(denoiser, rae, parts, [labels[part] for part in parts], args.seed,
+                               steps, len(classes), args.trajectory, **settings)
+        for part, frames in zip(tqdm(parts, desc="sampling", unit="batch",
+                                     disable=rank != 0 or len(parts) < 2), batches):
+            pictures[:, part] = frames.numpy()
         pictures.flush()
         barrier()
         seconds = time.perf_counter() - started
@@ -279,10 +290,13 @@ def write_pictures(out, pictures, labels, classes, columns, recipe, names):
     """pictures (frames, n, 3, S, S) -> an npz, a grid, or a folder of files with these names."""
     frames, n = pictures.shape[:2]
     if names:
-        for frame in range(frames):
-            for name, picture in zip(names[frame], pictures[frame]):
-                with write_whole(out / name) as part:
-                    Image.fromarray(picture.transpose(1, 2, 0)).save(part, "png")
+        def write(job):
+            with write_whole(out / job[0]) as part:
+                Image.fromarray(job[1].transpose(1, 2, 0)).save(part, "png")
+
+        with ThreadPoolExecutor() as pool:
+            for frame in range(frames):
+                list(pool.map(write, zip(names[frame], pictures[frame])))
     elif out.suffix.lower() == ".npz":
         with write_whole(out) as part, open(part, "wb") as file:
             np.savez(file, arr_0=pictures[0].transpose(0, 2, 3, 1), labels=labels.numpy(),

@@ -10,6 +10,7 @@ whatever autocast says. Sections: the sphere, noise levels (section 4.3), losses
 Algorithm 1.
 """
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -137,18 +138,19 @@ def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, reconstruct="low", 
 
 @torch.no_grad()
 def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85.0, noise="fresh",
-           generator=None, sigma=None, null_class=None, trajectory=None):
+           generator=None, sigma=None, null_class=None, trajectory=None, together=False):
     """Algorithm 1 -> z_hat of the last step as predicted (not projected), ready for the decoder.
 
     denoiser(v, y): v (B, C, H, W) = shape, y (B,) on the device to work on. Called `steps` times,
-                twice that with guidance.
+                twice that with guidance; or, if `together`, as often on twice the batch.
     cfg_scale:  w of line 6; 1 is no guidance. null_class: by default denoiser.num_classes.
     gamma:      sigma_t = sigma_max * (1 - t / steps) ** gamma. The paper decays sigma; this form of
                 gamma is ours.
     noise:      "fresh" noise at every step, or the "same": the first draw, z of line 2, again.
     sigma:      sigma_max in place of tan(alpha_max_deg), or a list, one sigma_t for each of the
                 steps - 1 re-noisings, in place of the decay.
-    generator:  one for the batch, or a list, one a picture: then it does not depend on the batch.
+    generator:  one for the batch, or a list, one a picture: then it does not depend on the batch;
+                or an iterator of noise that was drawn so.
     trajectory: a list, to which every step's z_hat is appended.
     """
     if steps < 1:
@@ -167,9 +169,12 @@ def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85
     z = eps = draw_noise(shape, generator, y.device)          # line 2
     for t in range(1, steps + 1):
         v = spherify(z)                                       # line 5
-        z_hat = full_precision(denoiser(v, y))                # line 6
-        if cfg_scale != 1:
-            z_null = full_precision(denoiser(v, y_null))
+        if cfg_scale == 1:                                    # line 6
+            z_hat = full_precision(denoiser(v, y))
+        else:
+            both = (denoiser(torch.cat([v, v]), torch.cat([y, y_null])).chunk(2) if together
+                    else (denoiser(v, y), denoiser(v, y_null)))
+            z_hat, z_null = map(full_precision, both)
             z_hat = z_null + cfg_scale * (z_hat - z_null)
         if trajectory is not None:
             trajectory.append(z_hat)
@@ -182,7 +187,9 @@ def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85
 
 def draw_noise(shape, generator, device):
     """N(0, I) of this shape from one generator, or from a list of one for each example."""
+    if isinstance(generator, Iterator):
+        return next(generator).to(device)
     if isinstance(generator, (list, tuple)):
-        return torch.stack([draw_noise(shape[1:], g, device) for g in generator])
+        return torch.stack([draw_noise(shape[1:], g, g.device) for g in generator]).to(device)
     draw_on = generator.device if generator is not None else device
     return torch.randn(shape, generator=generator, device=draw_on).to(device)

@@ -15,20 +15,23 @@ import json
 import math
 import os
 import time
+from argparse import BooleanOptionalAction
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
 import sphere
 from common import (ArgumentParser, UserError, autocast, first_not_finite, first_process_first,
-                    global_batch, keyed_generator, locked, number, on_signals, peak_memory_gb,
-                    printable, save_tensors, say, setup, sweep, user_errors, write_json,
-                    write_whole)
+                    global_batch, keyed_generator, locked, number, on_signals, one_line,
+                    peak_memory_gb, prefetch, printable, save_tensors, say, setup, sweep,
+                    user_errors, write_json, write_whole)
 from data import IMAGE_SIZE, describe, load_dataset
 from fid import default_features, held_out_set, quality_report, report_text
 from laptop import lite0, toy  # laptop
@@ -117,6 +120,10 @@ def parse_args(argv):
     add("--ema-decay", type=number(float, 0, 1), nargs="+",
         help="decays of the averaged weights; samples use the first")
     add("--dtype", choices=("float32", "bfloat16"), help="of the network; weights stay float32")
+    add("--compile", action=BooleanOptionalAction,
+        help="compile the network (default: on a GPU, where a compiler is there)")
+    add("--checkpoint-activations", action="store_true",
+        help="compute each block twice: less memory, a third more time")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of everything random")
     add("--out-dir", help="default: out/<dataset>-<model>")
@@ -174,7 +181,8 @@ class Learner:
     `world` processes; a process takes its share of a batch in `accumulate` micro-batches.
     """
 
-    def __init__(self, run, latent_shape, num_classes, device, rank=0, world=1, accumulate=1):
+    def __init__(self, run, latent_shape, num_classes, device, rank=0, world=1, accumulate=1,
+                 compiles=False, checkpoint_activations=False):
         torch.manual_seed(run["seed"])
         C, side, _ = latent_shape
         self.run, self.device, self.world, self.accumulate = run, device, world, accumulate
@@ -182,12 +190,16 @@ class Learner:
         self.first = rank * accumulate * self.micro           # of the global batch
         self.model = SiT_models[run["model"]](input_size=side, in_channels=C,
                                               num_classes=num_classes).to(device)
+        self.model.checkpoint_activations = checkpoint_activations
         self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
+        if compiles:
+            self.parallel = self.compiled(latent_shape)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]    # not positions
         self.optimizer = torch.optim.AdamW(self.weights, lr=run["lr"], betas=run["betas"],
                                            weight_decay=run["weight_decay"], fused=True)
         self.emas = [{key: value.clone() for key, value in self.model.state_dict().items()}
                      for _ in run["ema_decay"]]
+        self.bad_step, self.waited = torch.tensor(-1, device=device), 0.0     # seconds, for data
 
     def state(self):
         emas = {str(decay): ema for decay, ema in zip(self.run["ema_decay"], self.emas)}
@@ -201,16 +213,31 @@ class Learner:
         self.emas = [{k: v.to(self.device) for k, v in checkpoint["ema"][str(decay)].items()}
                      for decay in self.run["ema_decay"]]
 
+    def compiled(self, latent_shape):
+        """The network compiled and tried on zeros; as it is, with a word, where that fails."""
+        started, n = time.perf_counter(), 2 * self.micro
+        network, v = torch.compile(self.parallel, dynamic=False), torch.zeros(n, *latent_shape)
+        y, drop = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+        try:
+            with autocast(self.run["dtype"], self.device):
+                predicted = network(*(t.to(self.device) for t in (v, y)), drop=drop.to(self.device))
+            predicted.float().mean().backward()
+            say(f"compiled in {time.perf_counter() - started:.0f} s")
+        except Exception as error:                            # compilers fail in many ways
+            say(f"note: not compiled, and slower for it ({one_line(error)}); --no-compile "
+                "does without trying")
+            network = self.parallel
+        self.model.zero_grad(set_to_none=True)
+        return network
+
     def denoise(self, drop, v, y):
         """Several noise levels of the same examples, one below the other, drop the same labels."""
         with autocast(self.run["dtype"], self.device):
             return self.parallel(v, y, drop=drop.repeat(len(v) // len(drop)))
 
-    def add_gradients(self, step, latents_of, to_log=False):
-        """Forward and backward -> sums over the batch for the log: losses, and those by angle.
-
-        latents_of(mine, flips): a slice of the global batch, (b,) -> z (b, C, h, w), y (b,).
-        """
+    def micro_batch(self, latents, step, m):
+        """z (b, C, h, w), and y, sigma_hi, sigma_lo, drop, (b,) each, of the m-th micro-batch of a
+        step: a function of (seed, step), so that a thread may ask for it ahead."""
         run, n = self.run, self.run["batch_size"]
         # What is small is drawn for the global batch; then each process takes its part.
         g = keyed_generator("batch", run["seed"], step)
@@ -219,14 +246,26 @@ class Learner:
             run["mix_prob"], generator=g)
         drop = torch.rand(n, generator=g) < run["class_dropout_prob"]
         flips = torch.randint(2, (n,), generator=g) * run["flips"]
+        indices = global_batch(len(latents), n, step, run["seed"])
+        first = self.first + m * self.micro
+        mine = slice(first, first + self.micro)
+        found = *latents.batch(indices[mine], flips[mine].numpy()), *(
+            t[mine] for t in (sigma_hi, sigma_lo, drop))
+        pins = self.device.type == "cuda"                     # then the copy is not waited for
+        return [t.pin_memory() if pins and t.device.type == "cpu" else t for t in found]
 
-        sums = {}
+    def add_gradients(self, step, batches, to_log=False):
+        """Forward and backward -> sums over the batch for the log: losses, and those by angle.
+
+        batches: an iterator of what micro_batch gives.
+        """
+        run, sums = self.run, {}
         for m in range(self.accumulate):
-            first = self.first + m * self.micro
-            mine = slice(first, first + self.micro)
-            z, y = (t.to(self.device) for t in latents_of(mine, flips[mine].numpy()))
-            z = z.float()
-            hi, lo, dropped = (t[mine].to(self.device) for t in (sigma_hi, sigma_lo, drop))
+            started = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - started
+            z, y, hi, lo, dropped = (t.to(self.device, non_blocking=True) for t in batch)
+            z, first = z.float(), self.first + m * self.micro
             eps = example_noise("eps", run["seed"], step, first, z)
             again = None
             if run["latent_consistency"]:
@@ -248,20 +287,31 @@ class Learner:
         return sums
 
     def update(self, step, lr):
-        """-> the norm of the gradients before they were clipped. UserError: it is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.run["clip"] or math.inf).item()
-        if not math.isfinite(norm):
-            raise UserError(f"step {step}: the gradient norm is {norm}; what is on the disk is "
-                            "from before: try a lower --lr, --clip 1 or --dtype float32")
+        """-> the norm of the gradients before they were clipped, on the device, as all here: the
+        CPU waits for nothing. See check."""
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.run["clip"] or math.inf)
+        first_bad = ~norm.isfinite() & (self.bad_step < 0)
+        self.bad_step = torch.where(first_bad, step, self.bad_step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for decay, ema in zip(self.run["ema_decay"], self.emas):
             decay = min(decay, (1 + step) / (10 + step))      # or the first weights would linger
-            for name, value in self.model.state_dict().items():
-                ema[name].lerp_(value, 1 - decay)
+            average = get_ema_multi_avg_fn(decay)
+            average(list(ema.values()), list(self.model.state_dict().values()), None)
         return norm
+
+    def check(self):
+        """UserError: a gradient was not finite. For a GPU a wait; before a log line and a save."""
+        if (step := self.bad_step.item()) >= 0:
+            raise UserError(f"step {step}: the gradient norm is not finite; what is on the disk is "
+                            "from before: try a lower --lr, --clip 1 or --dtype float32")
+
+
+def compiles(asked, device):
+    """--compile, --no-compile, or by default on a GPU for which there is a compiler."""
+    return device.type == "cuda" and bool(find_spec("triton")) if asked is None else asked
 
 
 def example_noise(name, seed, step, first, z):
@@ -349,7 +399,8 @@ def log_line(line):
     return (f"step {line['step']} " +
             " ".join(f"{name} {line[name]:.2f}" for name in losses if name in line) +
             f" | by angle 0-22-45-68-90 deg: {angles} | gradient {line['grad_norm']:.1f}, "
-            f"{line['images_per_s']:.0f} images/s, {line['memory_gb']:.1f} GB")
+            f"{line['images_per_s']:.0f} images/s, waiting {100 * line['waiting']:.1f}%, "
+            f"{line['memory_gb']:.1f} GB")
 
 
 def write_grid(path, sampler, classes, steps):
@@ -400,7 +451,8 @@ def run_on(args, dataset, rank, world, device):
                             args.decoder_steps, args.seed, rank, args.flips)  # laptop
 
     # Model, optimizer, EMAs; the step at which the run is resumed.
-    learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate)
+    learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
+                      compiles(args.compile, device), args.checkpoint_activations)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         learner.load(checkpoint)
@@ -427,6 +479,7 @@ def train(args, learner, dataset, rae, latents, start, rank):
                       **sampling_settings(arguments))
 
     def save(step):
+        learner.check()
         state = learner.state()
         if name := first_not_finite(state):
             raise UserError(f"step {step}: {name} is not finite; what is on the disk is from "
@@ -448,26 +501,28 @@ def train(args, learner, dataset, rae, latents, start, rank):
         grid(start, again=False)                              # if it was killed before it
 
     stop = Stop(rank)
+    jobs = ((step, m) for step in range(start, args.steps) for m in range(args.accumulate))
+    batches = prefetch(lambda job: learner.micro_batch(latents, *job), jobs)
     clock, clock_step = time.perf_counter(), start
     bar = tqdm(total=args.steps, initial=min(start, args.steps), desc=printable(out), unit="step",
                disable=rank > 0 or start >= args.steps)
     with on_signals(stop.receive):
         for step in range(start, args.steps):
             to_log = step + 1 == args.steps or (step + 1) % args.log_every == 0
-            indices = global_batch(N, args.batch_size, step, args.seed)
-            sums = learner.add_gradients(
-                step, lambda mine, flips: latents.batch(indices[mine], flips), to_log)
+            sums = learner.add_gradients(step, batches, to_log)
             lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.decay_last)
             grad_norm = learner.update(step, lr)
             step += 1
             bar.update()
             if to_log:
+                learner.check()
                 now = time.perf_counter()
                 line = {"step": step, "epoch": round(step * args.batch_size / N, 3), **plain(sums),
-                        "grad_norm": grad_norm, "lr": lr,
+                        "grad_norm": grad_norm.item(), "lr": lr,
                         "images_per_s": (step - clock_step) * args.batch_size / (now - clock),
+                        "waiting": learner.waited / (now - clock),
                         "memory_gb": peak_memory_gb(learner.device)}
-                clock, clock_step = now, step
+                clock, clock_step, learner.waited = now, step, 0.0
                 if rank == 0:
                     with open(out / "log.jsonl", "a") as file:
                         file.write(json.dumps(line) + "\n")

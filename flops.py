@@ -404,8 +404,8 @@ def main(argv=None):
             text += f"\nthe usual loop takes {ratio:.2f} times as long"
     elif (args.batch_size or args.repeat or args.dtype or args.device or args.against
           or args.compile is not None):
-        raise UserError("--batch-size, --repeat, --dtype, --compile, --against, --device tell how to "
-                        "measure: add --bench")
+        raise UserError("--batch-size, --repeat, --dtype, --compile, --against and --device are "
+                        "for measuring: add --bench")
     elif args.model or args.steps or guided:
         model = args.model or "SiT-B/1"
         parts = {"the denoiser, once": cost(model)[1], "the decoder, once": cost("decoder")[1],

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ArgumentParser, UserError, barrier, first_not_finite, first_process_first,
-                    folder_by_hash, free_bytes, from_first, from_hub, keyed_generator,
-                    load_renamed, load_tensors, one_line, part_of, prefetch, printable, reserve,
-                    say, setup, sweep, to_float, to_uint8, user_errors, verify, write_json,
-                    write_whole)
+from common import (ArgumentParser, UserError, autocast, barrier, first_not_finite,
+                    first_process_first, folder_by_hash, free_bytes, from_first, from_hub,
+                    keyed_generator, load_renamed, load_tensors, one_line, part_of, prefetch,
+                    printable, reserve, say, setup, sweep, to_float, to_uint8, user_errors, verify,
+                    write_json, write_whole)
 from data import centre_crop, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
 from model import SiT_models, sincos_2d
@@ -52,6 +52,7 @@ class RAE(nn.Module):
         self.register_buffer("latent_var", latent_var)
         self.image_size, self.patch_size = image_size, patch_size
         self.name, self.files, self.made_by = name, files, made_by
+        self.dtype = "float32"                                # or "bfloat16": measure it first
         self.eval().requires_grad_(False)
 
     @property
@@ -70,12 +71,15 @@ class RAE(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, C, h, w). ValueError where the size does not fit."""
-        return (self._fitting(self.encoder(images)) - self.latent_mean) / self.std
+        with autocast(self.dtype, self.device):
+            z = self.encoder(images).float()
+        return (self._fitting(z) - self.latent_mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents):
         """(B, C, h, w) -> (B, 3, H, W), not clamped: whoever makes a picture of it clamps."""
-        return self.decoder(self._fitting(latents) * self.std + self.latent_mean)
+        with autocast(self.dtype, self.device):
+            return self.decoder(self._fitting(latents) * self.std + self.latent_mean).float()
 
     def _fitting(self, z):
         C, h, w = self.latent_mean.shape

@@ -161,6 +161,7 @@ def parse_args(argv):
     add("--trajectory", action="store_true", help="a grid of what each step predicts")
     add("--batch-size", type=number(int, 1, 10 ** 6), default=50,
         help="pictures at once in a process")
+    add("--rae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the decoder")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     ending = Path(args.out or "").suffix.lower()
@@ -182,6 +183,7 @@ def main(argv=None):
     denoiser, ema = load_denoiser(checkpoint, args.ema, device)
     with first_process_first(rank):
         rae = load_rae(checkpoint["rae"], device, args.weights_dir)
+    rae.dtype = args.rae_dtype
 
     # The question: how many steps, which labels, and what the run was set up for.
     steps = args.steps or run["sample_steps"]

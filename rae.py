@@ -31,6 +31,7 @@ from common import (ArgumentParser, UserError, autocast, barrier, first_not_fini
 from data import centre_crop, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
 from model import SiT_models, sincos_2d
+from sphere import full_precision
 
 # Raise it when code changes what an encoder makes of a picture: latents and decoders that were kept
 # are then made anew.
@@ -72,14 +73,15 @@ class RAE(nn.Module):
     def encode(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, C, h, w). ValueError where the size does not fit."""
         with autocast(self.dtype, self.device):
-            z = self.encoder(images).float()
+            z = full_precision(self.encoder(images))
         return (self._fitting(z) - self.latent_mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents):
         """(B, C, h, w) -> (B, 3, H, W), not clamped: whoever makes a picture of it clamps."""
         with autocast(self.dtype, self.device):
-            return self.decoder(self._fitting(latents) * self.std + self.latent_mean).float()
+            images = self.decoder(self._fitting(latents) * self.std + self.latent_mean)
+        return full_precision(images)
 
     def _fitting(self, z):
         C, h, w = self.latent_mean.shape

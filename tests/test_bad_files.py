@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -363,33 +364,42 @@ STEPS = ("--steps", "160", "--save-every", "5")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def with_stderr(path, argv):
+    with open(path, "w") as sys.stderr:
+        train.main(argv)
+
+
 def stopped(folder, photos, kinds):
     """A run that is sent each of these signals some steps after it began or went on."""
     folder.mkdir()
     (folder / "photos").symlink_to(photos)
     run, rng, step = folder / "out" / "run", random.Random(0), 0
+    server = multiprocessing.get_context("forkserver")        # it imports torch once for all
+    server.set_forkserver_preload(["train"])
     for kind in kinds:
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *train_args(folder, *STEPS)],
-                                   env=ONE_THREAD, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = server.Process(target=with_stderr, args=(folder / "err", train_args(folder, *STEPS)))
+        process.start()
         deadline, log = time.time() + 60, []
-        while time.time() < deadline and process.poll() is None:
+        while time.time() < deadline and process.is_alive():
             if log and log[-1].endswith("}") and json.loads(log[-1])["step"] > step + 7:
                 break
             time.sleep(0.01)
             log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
         time.sleep(rng.random() * 0.05)
-        process.send_signal(kind)
-        lines = process.communicate()[1].decode().replace("\r", "\n").splitlines()
+        os.kill(process.pid, kind)
+        process.join()
+        lines = (folder / "err").read_text().splitlines()
         if kind != signal.SIGKILL:
-            assert process.returncode == 128 + kind and "and saved: the same command resumes it" in lines[-1]
+            assert process.exitcode == 128 + kind and "and saved: the same command resumes it" in lines[-1]
         saved = torch.load(run / "ckpt.pt", weights_only=True)["step"]
         assert step < saved < 160
         step = saved
     return folder
 
 
-def test_killed_and_stopped_runs_end_in_the_same_bits(photos, tmp_path):
+def test_killed_and_stopped_runs_end_in_the_same_bits(photos, tmp_path, monkeypatch):
     """kill -9 loses what came after the last save; SIGTERM saves, and ends with 143."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(stopped, (tmp_path / "first", tmp_path / "second"), (photos, photos),
                                  ([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL],

@@ -366,8 +366,8 @@ def locked(folder):
             import fcntl                                      # not on Windows
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another run is writing there: wait for its end, or give "
-                            "another --out-dir") from None
+            raise UserError(f"{folder}: another run is writing there: wait for its end, or name "
+                            "another folder") from None
         except (ImportError, OSError) as error:
             print(f"note: {folder} cannot be locked ({error}): start no second run there")
         yield

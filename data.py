@@ -66,7 +66,8 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     elif name == "imagenet":
         found = imagenet(root / name)
     elif os.path.exists(name) or os.sep in name:
-        name, found = Path(os.path.realpath(name)).name, class_folders(Path(name))
+        found = class_folders(Path(name))
+        name = printable(Path(os.path.realpath(name)).name)
     else:
         raise UserError(f"--dataset: no data set is called {name!r} and no folder of that name is "
                         "here; use toy, flowers, animal-faces, imagenet or a PATH")
@@ -356,9 +357,10 @@ def adm_crop(picture, image_size):
 # ---- Where the files are: (folder, files, labels, classes, left_out) of each data set ------------
 
 # Names of folders that are parts of a data set, or other pictures of the same, and no classes.
-SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval)[\d_\-ab]*", re.I)
-PART = re.compile(r"(image|img|jpegimage|mask|label|annotation|segmentation|edge|depth|thumbnail)s?"
-                  r"[\d_\-]*", re.I)
+SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|unlabell?ed)"
+                   r"([ _-]?(set|data|images?|[\dab]+))*", re.I)
+PART = re.compile(r"(jpeg|seg(mentation)?|gt|depth|edge)?[ _-]?(image|img|mask|label|annotation|"
+                  r"segmentation|ground[ _-]?truth|gt|rgb|depth|edge|thumbnail)s?[\d _-]*", re.I)
 SHARD = re.compile(r"\d{5}/(img)?\d{5,8}\.\w+")
 
 

@@ -102,7 +102,7 @@ def find_set(name, data_dir, rank, as_pytorch_fid=False):
         with first_process_first(rank):
             if name != "imagenet":
                 dataset = load_dataset(name, IMAGE_SIZE[name], root=data_dir)
-                return PictureSet(name, dataset.recipe, len(dataset.labels), dataset.load,
+                return PictureSet(name, dict(dataset.recipe), len(dataset.labels), dataset.load,
                                   is_dataset=True)
             path = download(path=Path(data_dir) / Path(ADM["url"]).name, **ADM)   # as everybody
     if path.is_dir():

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import sphere
 from common import (ArgumentParser, UserError, autocast, barrier, first_process_first, free_bytes,
-                    from_first, keyed_generator, number, one_line, part_of, prefetch, printable,
-                    reserve, setup, sweep, to_uint8, user_errors, write_whole)
+                    from_first, keyed_generator, locked, number, one_line, part_of, prefetch,
+                    printable, reserve, setup, sweep, to_uint8, user_errors, write_whole)
 from data import ENDINGS
 from model import SiT_models
 from rae import load_checkpoint, load_rae
@@ -208,7 +208,8 @@ def main(argv=None):
     shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
     names = check_room(out, shape, args.out)
     labels = torch.tensor(wanted)[torch.arange(num) % len(wanted)]
-    with shared_array(out, shape, rank) as pictures:
+    alone = locked(out) if names and rank == 0 else contextlib.nullcontext()
+    with alone, shared_array(out, shape, rank) as pictures:
         started = time.perf_counter()
         starts = range(rank * args.batch_size, num, world * args.batch_size)
         parts = [torch.arange(start, min(start + args.batch_size, num)) for start in starts]

@@ -510,6 +510,11 @@ def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, 
     first_file = second["recipe"]["B"]["statistics_from"]
     kept, = (file for file in (tmp_path / "statistics").iterdir() if str(file) != first_file)
     assert np.array_equal(np.load(kept)["mu_s"], np.load(tmp_path / "ref.npz")["mu_s"])
+    whole = Path(first_file).read_bytes()
+    Path(first_file).write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    fid.main([*map(str, argv), "--metrics", "fid", "--device", "cpu"])
+    assert "the statistics are made anew" in capsys.readouterr().out and loads == [3, 2] * 3
+    assert Path(first_file).read_bytes()[:5001] == whole[:5001]
 
 
 def test_torchrun_gives_the_same_number(weights_file, tmp_path, capsys):

@@ -159,7 +159,8 @@ def test_labels_of_dataset_json(tmp_path):
 @pytest.mark.parametrize("folders", [
     ("train/rose", "train/tulip", "val/rose", "test/rose"), ("train/rose", "train/tulip"),
     ("trainA", "trainB", "testA"), ("Training/a", "Validation/a"), ("train2017", "val2017"),
-    ("images", "masks"), ("JPEGImages", "SegmentationMasks", "Annotations"), ("img", "label", "x")])
+    ("train_images", "test images"), ("training_set", "test_set"), ("images", "masks"), ("rgb", "depth"),
+    ("JPEGImages", "SegmentationMasks", "Annotations"), ("img", "label", "x"), ("images", "ground_truth")])
 def test_parts_of_a_data_set_are_no_classes(folders, tmp_path):
     save(tmp_path / "set", {name: [10, 20] for name in folders})
     with pytest.raises(UserError, match="which are parts of a data set .*: give one of them, as"):
@@ -167,7 +168,8 @@ def test_parts_of_a_data_set_are_no_classes(folders, tmp_path):
 
 
 @pytest.mark.parametrize("folders", [("train", "bus"), ("images",), ("test",), ("mask", "nomask"),
-                                     ("valley", "mountain"), ("0", "1", "2"), ("12345", "rose")])
+                                     ("valley", "mountain"), ("0", "1", "2"), ("12345", "rose"),
+                                     ("trainer", "tester", "devil"), ("depth", "peak")])
 def test_what_may_be_classes_is_taken(folders, tmp_path):
     save(tmp_path / "set", {name: [10, 20] for name in folders})
     assert load_dataset(str(tmp_path / "set"), 16, root=tmp_path).classes == sorted(folders)
@@ -336,7 +338,7 @@ def test_no_flips(photos, tmp_path, capsys):
 
 def test_names_of_any_bytes(tmp_path, capsys):
     """Not UTF-8, a line break, terminal codes, 200 letters: trained, sampled, never shown raw."""
-    photos = os.fsencode(tmp_path / ("p" * 200))
+    photos = os.fsencode(tmp_path / ("p" * 200)) + b"\n\xff\x1b[2J"
     for name in (b"caf\xe9", b"line\nbreak", b"\x1b[31mred", b"r" * 240):
         os.makedirs(os.path.join(photos, name))
         for i in range(3):
@@ -401,7 +403,9 @@ def test_a_folder_of_other_pictures_is_not_added_to(trained, tmp_path, capsys):
     sample.main([str(a) for a in argv] + ["--num", "5"])
     assert "2 other pictures, 000003.png first" in fails(sample.main, [*argv, "--num", "3"], capsys)
     sample.main([str(a) for a in argv] + ["--num", "6"])
-    assert len(list((tmp_path / "pictures").iterdir())) == 6
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 6
+    with common.locked(tmp_path / "pictures"):
+        assert "another run is writing" in fails(sample.main, [*argv, "--num", "6"], capsys)
 
 
 def test_a_changed_decoder_steps_is_refused(tmp_path, capsys):
@@ -440,7 +444,7 @@ def test_endings_of_a_grid(trained, tmp_path, capsys):
     sample.main([*argv, str(tmp_path / "d.NPZ")])
     assert np.load(tmp_path / "d.NPZ")["arr_0"].shape == (3, 32, 32, 3)
     sample.main([*argv, str(tmp_path / "v1.5") + "/"])
-    assert len(list((tmp_path / "v1.5").iterdir())) == 3
+    assert len(list((tmp_path / "v1.5").glob("*.png"))) == 3
     for name in ("e.webp", "ckpt.pt", "grid.pngg"):
         assert "a file ends in" in fails(sample.main, [*argv, tmp_path / name], capsys, 2)
 

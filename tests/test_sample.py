@@ -52,8 +52,8 @@ def test_a_picture_does_not_depend_on_batch_or_processes(trained, tmp_path):
 
 def test_numbered_files_grid_and_trajectory(trained, tmp_path):
     pictures(trained, tmp_path / "files", "--num", "3", "--classes", "right", "2")
-    assert sorted(p.name for p in (tmp_path / "files").iterdir()) == ["000000.png", "000001.png",
-                                                                      "000002.png"]
+    assert sorted(p.name for p in (tmp_path / "files").glob("*.png")) == ["000000.png", "000001.png",
+                                                                          "000002.png"]
     array = pictures(trained, tmp_path / "s.npz", "--num", "3", "--classes", "right", "2")
     assert array["labels"].tolist() == [1, 2, 1]
     with Image.open(tmp_path / "files" / "000002.png") as picture:

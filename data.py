@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (UserError, file_hash, free_bytes, hash_of, one_line, part_of, printable, say,
-                    sweep, verify, write_json)
+                    sweep, verify, write_whole)
 from laptop.toy import ToyFlowers  # laptop
 
 # The data sets that have a name, and the side in pixels that training and scoring bring them to.
@@ -152,50 +152,56 @@ def contents(folder, files, root, check=False):
     """-> [stamp, sha256, side] of each file, and the path at which they are remembered.
 
     As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
-    side: of a picture that was checked, in pixels, or what is wrong with it, a text.
+    side: of a picture that was checked, in pixels, or what is wrong with it, a text (that is looked
+    at again each time).
     """
     name = f"{folder.name[-40:]}-{hash_of(os.path.realpath(folder))[:12]}.json"
-    path, known = Path(root) / "contents" / name, {}
+    path, known, found = Path(root) / "contents" / name, {}, {}
     if path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(path.read_text())
-            known = kept["files"] if kept["sha256"] == hash_of(kept["files"]) else {}
+        with contextlib.suppress(OSError, ValueError):
+            digest, text = path.read_text().split("\n")
+            known = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
         if not known:
             say(f"{path} is damaged: the pictures are read anew")
     reader = f"Pillow {PIL.__version__}"
-
-    def look(file):
+    for file in files:
         try:
-            status = os.stat(folder / file)
+            status = os.stat(os.path.join(folder, file))
             stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             former, digest, side, checked_by = known.get(file, [None] * 4)
-            if former != stamp:
-                digest, side = file_hash(folder / file), None
-            if check and (side is None or checked_by != reader):
-                try:
-                    side = min(read_picture(folder / file).size)
-                except UserError as error:
-                    side = str(error)
-            return stamp, digest, side
+            kept = stamp == former and checked_by == reader and isinstance(side, int)
+            found[file] = [stamp, digest if stamp == former else None, side if kept else None,
+                           reader]
         except OSError as error:
-            why = "is a link that leads nowhere" if os.path.islink(folder / file) else "is missing"
-            if not isinstance(error, FileNotFoundError):
-                why = f"cannot be read ({error.strerror})"
-            return None, None, f"{folder / file} {why}"
+            link = os.path.islink(folder / file) and isinstance(error, FileNotFoundError)
+            why = "is a link that leads nowhere" if link else f"cannot be read: {error.strerror}"
+            found[file] = [None, None, f"{folder / file} {why}", reader]
 
+    def look(file):
+        entry = found[file]
+        try:
+            entry[1] = entry[1] or file_hash(folder / file)
+            if check and entry[2] is None:
+                entry[2] = min(read_picture(folder / file).size)
+        except (OSError, UserError) as error:
+            entry[2] = str(error)
+
+    todo = [file for file, (stamp, digest, side, _) in found.items()
+            if stamp and (digest is None or check and side is None)]
     with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(look, files), total=len(files), desc=f"reading {folder}",
-                          leave=False, delay=1))
+        list(tqdm(pool.map(look, todo), total=len(todo), desc=f"reading {printable(folder)}",
+                  leave=False, delay=1))
     # What changed a moment ago may change again within the same tick of the clock.
     settled = time.time_ns() - 2 * 10 ** 9
-    new = {file: [stamp, digest, side, reader] for file, (stamp, digest, side) in zip(files, found)
-           if stamp and stamp[2] < settled}
+    new = {file: entry for file, entry in found.items() if entry[0] and entry[0][2] < settled}
     if new != known:
+        text = json.dumps(new)
         try:
-            write_json(path, {"sha256": hash_of(new), "files": new})
+            with write_whole(path) as part:
+                part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         except UserError as error:
             say(f"note: {error}; each start will read all pictures")
-    return found, path
+    return [entry[:3] for entry in found.values()], path
 
 
 def to_tensor(picture):

@@ -366,7 +366,10 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def with_stderr(path, argv):
     with open(path, "w") as sys.stderr:
-        train.main(argv)
+        try:
+            train.main(argv)
+        except SystemExit as stop:
+            print(f"exit {stop.code}", file=sys.stderr)
 
 
 def stopped(folder, photos, kinds):
@@ -390,7 +393,7 @@ def stopped(folder, photos, kinds):
         process.join()
         lines = (folder / "err").read_text().splitlines()
         if kind != signal.SIGKILL:
-            assert process.exitcode == 128 + kind and "and saved: the same command resumes it" in lines[-1]
+            assert lines[-1] == f"exit {128 + kind}" and "and saved: the same command resumes it" in lines[-2]
         saved = torch.load(run / "ckpt.pt", weights_only=True)["step"]
         assert step < saved < 160
         step = saved

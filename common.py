@@ -115,6 +115,31 @@ def on_signals(handler):
             signal.signal(signum, former)
 
 
+class Stop:
+    """Ctrl-C or SIGTERM ends a run after this step; where there are several processes after the
+    next that is logged, as there they wait for each other."""
+
+    def __init__(self, log_every):
+        self.log_every, self.received = log_every, []
+
+    def receive(self, signum, frame):
+        if signum in self.received:                           # asked twice: at once
+            raise KeyboardInterrupt
+        self.received.append(signum)
+
+    def after(self, step):
+        """-> the signal that ends the run now, or 0."""
+        if store is None:
+            return self.received[0] if self.received else 0
+        if self.received:
+            at = (step // self.log_every + 1) * self.log_every
+            store.compare_set("stop", "", f"{at} {int(self.received[0])}")
+        if not store.check(["stop"]):
+            return 0
+        at, signum = map(int, store.get("stop").split())
+        return signum if step >= at else 0
+
+
 def first_to_fail():
     if store is None:
         return True

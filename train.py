@@ -26,11 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import common
 import sphere
-from common import (ArgumentParser, UserError, autocast, first_not_finite, first_process_first,
-                    global_batch, keyed_generator, locked, number, on_signals, one_line,
-                    peak_memory_gb, prefetch, printable, save_tensors, say, setup, sweep,
+from common import (ArgumentParser, Stop, UserError, autocast, barrier, first_not_finite,
+                    first_process_first, global_batch, keyed_generator, locked, number, on_signals,
+                    one_line, peak_memory_gb, prefetch, printable, save_tensors, say, setup, sweep,
                     user_errors, write_json, write_whole)
 from data import IMAGE_SIZE, describe, load_dataset
 from fid import default_features, held_out_set, quality_report, report_text
@@ -451,14 +450,15 @@ def run_on(args, dataset, rank, world, device):
                             args.decoder_steps, args.seed, rank, args.flips)  # laptop
 
     # Model, optimizer, EMAs; the step at which the run is resumed.
-    learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
-                      compiles(args.compile, device), args.checkpoint_activations)
     start = checkpoint["step"] if checkpoint else 0
+    if args.epochs is not None:
+        args.steps = -(-args.epochs * N // args.batch_size)
+    learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
+                      start < args.steps and compiles(args.compile, device),
+                      args.checkpoint_activations)
     if checkpoint:
         learner.load(checkpoint)
         checkpoint = None                                     # its tensors are no longer needed
-    if args.epochs is not None:
-        args.steps = -(-args.epochs * N // args.batch_size)
     C, side, _ = rae.latent_shape
     parameters = sum(p.numel() for p in learner.model.parameters())
     say(f"latents {C} x {side} x {side}, L = {C * side ** 2:,}, "
@@ -500,7 +500,7 @@ def train(args, learner, dataset, rae, latents, start, rank):
     if rank == 0 and start:
         grid(start, again=False)                              # if it was killed before it
 
-    stop = Stop(rank)
+    stop = Stop(args.log_every)
     jobs = ((step, m) for step in range(start, args.steps) for m in range(args.accumulate))
     batches = prefetch(lambda job: learner.micro_batch(latents, *job), jobs)
     clock, clock_step = time.perf_counter(), start
@@ -531,7 +531,7 @@ def train(args, learner, dataset, rae, latents, start, rank):
             if rank == 0 and (stops or step == args.steps or step % args.save_every == 0):
                 save(step)
             if stops:
-                common.barrier()                              # nobody leaves before it is saved
+                barrier()                                     # nobody leaves before it is saved
                 raise UserError(f"stopped at step {step} and saved: the same command resumes it",
                                 status=128 + stops)
             if rank == 0:
@@ -539,30 +539,6 @@ def train(args, learner, dataset, rae, latents, start, rank):
     bar.close()
     if rank == 0:
         finish(args, arguments, dataset, rae, sampler, max(start, args.steps))
-
-
-class Stop:
-    """Ctrl-C or SIGTERM ends a run after a step, the same one in all processes."""
-
-    def __init__(self, rank):
-        self.rank, self.received = rank, []
-
-    def receive(self, signum, frame):
-        if signum in self.received:                           # asked twice: at once
-            raise KeyboardInterrupt
-        self.received.append(signum)
-
-    def after(self, step):
-        """-> the signal that ends the run now, or 0."""
-        if common.store is None:
-            return self.received[0] if self.received else 0
-        # Each step waits for the others' gradients: no process is more than one step ahead.
-        if self.received:
-            common.store.compare_set("stop", "", f"{step + 2} {int(self.received[0])}")
-        if not common.store.check(["stop"]):
-            return 0
-        at, signum = map(int, common.store.get("stop").split())
-        return signum if step >= at else 0
 
 
 def finish(args, arguments, dataset, rae, sampler, step):

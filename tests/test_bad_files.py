@@ -446,7 +446,7 @@ def test_one_process_speaks_for_all(tmp_path, monkeypatch, capsys):
                            capture_output=True, text=True, cwd=tmp_path)
     lines = [line for line in found.stderr.splitlines() if line.startswith("train.py: error: ")]
     assert found.returncode and len(lines) == 1 and "/nowhere does not exist" in lines[0]
-    assert 'File "' + str(ROOT) not in found.stderr           # no traceback of ours
+    assert f'File "{ROOT / "train.py"}' not in found.stderr   # no traceback of ours
     monkeypatch.setenv("RANK", "1")
     assert ends(train.main, ["--stepps", "2"]) == (2, [])     # process 0 says it
 

@@ -191,9 +191,14 @@ def contents(folder, files, root, check=False):
     with ThreadPoolExecutor() as pool:
         list(tqdm(pool.map(look, todo), total=len(todo), desc=f"reading {printable(folder)}",
                   leave=False, delay=1))
-    # What changed a moment ago may change again within the same tick of the clock.
-    settled = time.time_ns() - 2 * 10 ** 9
-    new = {file: entry for file, entry in found.items() if entry[0] and entry[0][2] < settled}
+    # What changed a moment ago may change again within the same tick of the clock: it is not
+    # remembered, but listed if it is bad.
+    settled, new = time.time_ns() - 2 * 10 ** 9, {}
+    for file, (stamp, digest, side, _) in found.items():
+        if stamp and stamp[2] < settled:
+            new[file] = [stamp, digest, side, reader]
+        elif isinstance(side, str):
+            new[file] = [None, None, side, reader]
     if new != known:
         text = json.dumps(new)
         try:

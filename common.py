@@ -214,8 +214,10 @@ def setup(device="auto"):
             raise UserError(f"the {world} processes of WORLD_SIZE do not come together "
                             f"({one_line(error)}): unset RANK, WORLD_SIZE and LOCAL_RANK, or start "
                             "with torchrun") from error
+        patience = timedelta(hours=3)                         # while rank 0 downloads
+        store.set_timeout(patience)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(hours=3))  # rank 0 downloads
+                                world_size=world, timeout=patience)
     return rank, world, device
 
 

@@ -499,6 +499,7 @@ def test_damaged_files_end_in_a_line_or_are_made_again(place, tmp_path, monkeypa
     monkeypatch.setattr(fid.toy, "networks", lambda *args, networks=toy.networks(None, None, 5): networks)
     work = tmp_path / "work"
     shutil.copytree(place, work)
+    shutil.copy(OLD, work / "out" / "run" / "ckpt.pt")        # a small one
     run, rng = work / "out" / "run", random.Random(0)
     endings = "png jpg webp tif bmp gif ppm jp2 tga".split()
     for i, path in enumerate(sorted((work / "photos").rglob("*.png"))):

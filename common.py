@@ -384,6 +384,14 @@ def first_not_finite(tensors):
             return str(name)
 
 
+def check_moments(optimizer, parameters):
+    """ValueError: Adam's state is not of these parameters; the fused one would crash on it."""
+    for i, parameter in enumerate(parameters):
+        for key in ("exp_avg", "exp_avg_sq"):
+            if optimizer["state"][i][key].shape != parameter.shape:
+                raise ValueError(f"the optimizer's {key} {i} has another shape than the weight")
+
+
 @contextlib.contextmanager
 def locked(folder):
     """Keeps other runs out of a folder, as long as this process lives."""

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ArgumentParser, UserError, autocast, barrier, first_not_finite,
-                    first_process_first, folder_by_hash, free_bytes, from_first, from_hub,
-                    keyed_generator, load_renamed, load_tensors, one_line, part_of, prefetch,
-                    printable, reserve, say, setup, sweep, to_float, to_uint8, user_errors, verify,
-                    write_json, write_whole)
+from common import (ArgumentParser, UserError, autocast, barrier, check_moments,
+                    first_not_finite, first_process_first, folder_by_hash, free_bytes, from_first,
+                    from_hub, keyed_generator, load_renamed, load_tensors, one_line, part_of,
+                    prefetch, printable, reserve, say, setup, sweep, to_float, to_uint8,
+                    user_errors, verify, write_json, write_whole)
 from data import centre_crop, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
 from model import SiT_models, sincos_2d
@@ -415,11 +415,7 @@ def check_checkpoint(checkpoint):
                              f"{len(classes)} classes")
     if not checkpoint["ema"] or list(checkpoint["ema"]) != list(map(str, args["ema_decay"])):
         raise ValueError(f"averages of {list(checkpoint['ema'])}, not of {args['ema_decay']}")
-    moments = checkpoint["optimizer"]["state"]
-    for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-        for key in ("exp_avg", "exp_avg_sq"):
-            if moments[i][key].shape != parameter.shape:
-                raise ValueError(f"the optimizer's {key} {i} has another shape than the weight")
+    check_moments(checkpoint["optimizer"], (p for p in model.parameters() if p.requires_grad))
     if checkpoint["rae"]["name"] != "dinov2-b":
         shape = load_rae(checkpoint["rae"]).latent_shape
         if shape != (C, side, side):

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (UserError, first_not_finite, folder_by_hash, from_first, from_hub, global_batch,
-                    keyed_generator, load_renamed, load_tensors, one_line, resize, save_tensors,
-                    to_float, to_uint8, verify, write_whole)
+from common import (UserError, check_moments, first_not_finite, folder_by_hash, from_first,
+                    from_hub, global_batch, keyed_generator, load_renamed, load_tensors, one_line,
+                    resize, save_tensors, to_float, to_uint8, verify, write_whole)
 from laptop import toy
 
 # What differs from the paper's settings, for photographs of 64 x 64, L = 4,096.
@@ -280,13 +280,9 @@ def load_decoder(path, manifest, decoder, optimizer):
     """-> the step of what `optimise` saved, into both; UserError, before anything is changed."""
     state = load_tensors(path, "is not a decoder of train.py")
     try:
-        moments = state["optimizer"]["state"]
-        shapes = [[moments[i][key].shape for key in ("exp_avg", "exp_avg_sq")]
-                  for i in range(len(moments))]
         if state["manifest"] != manifest or first_not_finite(state):
             raise ValueError("other settings than its name says, or values that are not finite")
-        if shapes != [[p.shape] * 2 for p in decoder.parameters()]:
-            raise ValueError("the optimizer's state has other shapes")
+        check_moments(state["optimizer"], decoder.parameters())
         decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])

@@ -373,6 +373,9 @@ CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "args"
 ARGS = {"model": str, "dtype": str, "dataset": str, "split": str, "skip_bad": bool, "seed": int,
         "rae_patch": int, "sample_steps": int, "ema_decay": list, "pictures": dict,
         "sampling_noise": str, "cfg": (int, float), "gamma": (int, float), "sigma": (int, float)}
+# What came later, and what a run from before did.
+LATER = {"flips": True, "consistency": 1.0, "pair_noise": "one", "spherify": True,
+         "init_from": None, "decay": "power", "guidance": "linear"}
 
 
 def load_checkpoint(path):
@@ -393,13 +396,17 @@ def check_checkpoint(checkpoint):
         for key, kind in kinds.items():
             if key not in values or not isinstance(values[key], kind):
                 raise ValueError(f"{key!r} is missing, or of another type")
+    checkpoint["args"] = {**LATER, **checkpoint["args"]}
     args, classes = checkpoint["args"], checkpoint["classes"]
     if not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes are no names")
     amounts = [args[name] for name in ("cfg", "gamma", "sigma")]
-    sampler = [args["dtype"], args["sampling_noise"], *amounts, args["sample_steps"]]
+    sampler = [args["dtype"], args["sampling_noise"], *amounts, args["sample_steps"],
+               args["spherify"], args["decay"], args["guidance"]]
     if (args["dtype"] not in ("float32", "bfloat16") or not all(0 <= x < 1e9 for x in amounts)
             or args["sampling_noise"] not in ("fresh", "same") or args["sample_steps"] < 1
+            or args["spherify"] not in (True, False) or args["decay"] not in ("power", "geometric")
+            or args["guidance"] not in ("linear", "rotation")
             or args["model"] not in SiT_models or checkpoint["step"] < 0):
         raise ValueError(f"args that nobody could have given: {args['model']}, {sampler}")
     if name := first_not_finite(checkpoint):

@@ -68,7 +68,8 @@ def predict(model, weights, dtype, v, y):
 def sampling_settings(run):
     """Algorithm 1 as a run (a dict of its arguments) was set up for it: keywords of draw."""
     return {"cfg_scale": run["cfg"], "gamma": run["gamma"], "noise": run["sampling_noise"],
-            "sigma": run["sigma"]}
+            "sigma": run["sigma"], "decay": run["decay"], "guidance": run["guidance"],
+            "f": sphere.spherify if run["spherify"] else sphere.full_precision}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -148,7 +149,10 @@ def parse_args(argv):
     add("--steps", type=number(int, 1, 1000),
         help="denoising steps; with guidance each is two calls")
     add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
+    add("--guidance", choices=("linear", "rotation"),
+        help="extrapolate, or turn the prediction, its norm kept")
     add("--gamma", type=number(float, 0), help="sigma decays as (1 - t / steps) ** gamma")
+    add("--decay", choices=("power", "geometric"), help="geometric: it decays as gamma ** t")
     add("--sampling-noise", choices=("fresh", "same"),
         help="new noise at each step, or the first again")
     sigma("--sigma", type=number(float, 0), help="sigma_max, where the decay starts")
@@ -191,12 +195,11 @@ def main(argv=None):
         raise UserError(f"--sigmas has {len(args.sigmas)} values: give {steps - 1}, one for each "
                         f"re-noising of {steps} steps")
     given = {"cfg_scale": args.cfg, "gamma": args.gamma, "noise": args.sampling_noise,
-             "sigma": args.sigmas or args.sigma}
-    settings = {key: run_value if given[key] is None else given[key]
-                for key, run_value in sampling_settings(run).items()}
+             "sigma": args.sigmas or args.sigma, "decay": args.decay, "guidance": args.guidance}
+    settings = sampling_settings(run) | {k: v for k, v in given.items() if v is not None}
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
-              **settings, "seed": args.seed,
+              **settings, "f": settings["f"].__name__, "seed": args.seed,
               "classes": [classes[label] for label in wanted] if args.classes else "all",
               "balance": "label = index mod classes"}
     num = args.num or (min(len(wanted), 10) if args.trajectory else

@@ -37,12 +37,12 @@ def sigma_to_angle(sigma):
     return math.degrees(math.atan(sigma))
 
 
-def add_noise(v, sigma, eps):
+def add_noise(v, sigma, eps, f=spherify):
     """Eq. 1: f(v + sigma * eps). v and eps (B, C, H, W), sigma (B,).
 
     eps is nearly orthogonal to v and as long as v, so the result lies arctan(sigma) away from v.
     """
-    return spherify(v + sigma.view(-1, *[1] * (v.ndim - 1)) * eps)
+    return f(v + sigma.view(-1, *[1] * (v.ndim - 1)) * eps)
 
 
 # ---- Noise levels (section 4.3) ------------------------------------------------------------------
@@ -105,24 +105,27 @@ def consistency_loss(pred_hi, pred_lo):
     return (25 * l1 + cosine).mean()
 
 
-def latent_consistency_loss(denoiser, pred_hi, sigma_hi, eps, y):
+def latent_consistency_loss(denoiser, pred_hi, sigma_hi, eps, y, f=spherify):
     """Eq. 4, 1 - cos between a prediction and what the denoiser makes of it, noised again as much.
 
     The paper drops this term (it slows training and ends worse); no stop-gradient is our reading.
     """
-    again = denoiser(add_noise(spherify(pred_hi), sigma_hi, eps), y)
+    again = denoiser(add_noise(f(pred_hi), sigma_hi, eps, f), y)
     return l1_and_cosine(again, pred_hi)[1].mean()
 
 
-def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, reconstruct="low", eps_again=None):
+def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, reconstruct="low", eps_again=None,
+                    eps_lo=None, f=spherify):
     """One training step of the paper: the losses by name, and the two predictions.
 
     z (B, C, H, W) clean latents, y (B,), sigma_hi and sigma_lo (B,), eps as z, for both levels.
     reconstruct: Eq. 2 on the "low" noise level, as Sphere Encoder has it, or "both" (their mean).
     eps_again: noise for Eq. 4, which is left out without it.
+    eps_lo, f: the paper's alternatives: the low level's own noise; full_precision for no sphere.
     """
-    v = spherify(z)
-    noisy = torch.cat([add_noise(v, sigma_hi, eps), add_noise(v, sigma_lo, eps)])       # Eq. 1
+    v = f(z)
+    noisy = torch.cat([add_noise(v, sigma_hi, eps, f),                                  # Eq. 1
+                       add_noise(v, sigma_lo, eps if eps_lo is None else eps_lo, f)])
     z_hi, z_lo = denoiser(noisy, torch.cat([y, y])).chunk(2)  # one call for both levels
     losses = {"reconstruction": reconstruction_loss(z_lo, z),
               "consistency": consistency_loss(z_hi, z_lo)}
@@ -130,7 +133,7 @@ def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, reconstruct="low", 
         losses["reconstruction"] = (losses["reconstruction"] + reconstruction_loss(z_hi, z)) / 2
     if eps_again is not None:
         losses["latent_consistency"] = latent_consistency_loss(denoiser, z_hi, sigma_hi,
-                                                               eps_again, y)
+                                                               eps_again, y, f)
     return losses, (z_hi, z_lo)
 
 
@@ -138,51 +141,76 @@ def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, reconstruct="low", 
 
 @torch.no_grad()
 def sample(denoiser, shape, y, steps, cfg_scale=1.0, gamma=1.0, alpha_max_deg=85.0, noise="fresh",
-           generator=None, sigma=None, null_class=None, trajectory=None, together=False):
+           generator=None, sigma=None, null_class=None, trajectory=None, together=False,
+           decay="power", guidance="linear", f=spherify):
     """Algorithm 1 -> z_hat of the last step as predicted (not projected), ready for the decoder.
 
     denoiser(v, y): v (B, C, H, W) = shape, y (B,) on the device to work on. Called `steps` times,
                 twice that with guidance; or, if `together`, as often on twice the batch.
     cfg_scale:  w of line 6; 1 is no guidance. null_class: by default denoiser.num_classes.
-    gamma:      sigma_t = sigma_max * (1 - t / steps) ** gamma. The paper decays sigma; this form of
-                gamma is ours.
+    gamma:      sigma_t = sigma_max * (1 - t / steps) ** gamma, or, if decay is "geometric",
+                sigma_max * gamma ** t. The paper speaks of a "decay factor"; the form is our guess.
     noise:      "fresh" noise at every step, or the "same": the first draw, z of line 2, again.
     sigma:      sigma_max in place of tan(alpha_max_deg), or a list, one sigma_t for each of the
                 steps - 1 re-noisings, in place of the decay.
     generator:  one for the batch, or a list, one a picture: then it does not depend on the batch;
                 or an iterator of noise that was drawn so.
     trajectory: a list, to which every step's z_hat is appended.
+    guidance:   "linear" or "rotation": see guided.
+    f:          full_precision for a denoiser trained without the sphere. It sees lengths, so line 2
+                then draws noise of the length that it knows, sigma_max (our reading).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if noise not in ("fresh", "same"):
         raise ValueError(f"noise must be 'fresh' or 'same', not {noise!r}")
-    if sigma is None:
-        sigma = angle_to_sigma(alpha_max_deg)
-    if isinstance(sigma, (int, float)):
-        sigma = [sigma * (1 - t / steps) ** gamma for t in range(1, steps)]
+    if decay not in ("power", "geometric"):
+        raise ValueError(f"decay must be 'power' or 'geometric', not {decay!r}")
+    sigma_max = sigma if isinstance(sigma, (int, float)) else angle_to_sigma(alpha_max_deg)
+    if not isinstance(sigma, (list, tuple)):
+        sigma = [sigma_max * (gamma ** t if decay == "geometric" else (1 - t / steps) ** gamma)
+                 for t in range(1, steps)]
     if len(sigma) != steps - 1:
         raise ValueError(f"{steps} steps re-noise {steps - 1} times; sigma has {len(sigma)} values")
     if cfg_scale != 1:
         y_null = torch.full_like(y, denoiser.num_classes if null_class is None else null_class)
 
     z = eps = draw_noise(shape, generator, y.device)          # line 2
+    if f is not spherify:
+        z = sigma_max * eps
     for t in range(1, steps + 1):
-        v = spherify(z)                                       # line 5
+        v = f(z)                                              # line 5
         if cfg_scale == 1:                                    # line 6
             z_hat = full_precision(denoiser(v, y))
         else:
             both = (denoiser(torch.cat([v, v]), torch.cat([y, y_null])).chunk(2) if together
                     else (denoiser(v, y), denoiser(v, y_null)))
-            z_hat, z_null = map(full_precision, both)
-            z_hat = z_null + cfg_scale * (z_hat - z_null)
+            z_hat = guided(*map(full_precision, both), cfg_scale, guidance)
         if trajectory is not None:
             trajectory.append(z_hat)
         if t < steps:
             if noise == "fresh":
                 eps = draw_noise(shape, generator, y.device)
-            z = spherify(z_hat) + sigma[t - 1] * eps          # lines 7, 9, 10
+            z = f(z_hat) + sigma[t - 1] * eps                 # lines 7, 9, 10
     return z_hat
+
+
+def guided(z_hat, z_null, cfg_scale, how="linear"):
+    """Line 6, from the predictions with and without the class, (B, C, H, W) each.
+
+    "linear":   z_null + w * (z_hat - z_null), the paper's.
+    "rotation": z_hat turned in their plane to w times its angle from z_null, its norm kept; as
+                Sphere Encoder 2 is said to do, the angle's scale is ours.
+    """
+    if how == "linear":
+        return z_null + cfg_scale * (z_hat - z_null)
+    if how != "rotation":
+        raise ValueError(f"guidance must be 'linear' or 'rotation', not {how!r}")
+    a, b = (F.normalize(z.flatten(1)) for z in (z_null, z_hat))             # (B, L)
+    angle = 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)).unsqueeze(1)
+    across = F.normalize(b - (a * b).sum(1, keepdim=True) * a)
+    turned = torch.cos(cfg_scale * angle) * a + torch.sin(cfg_scale * angle) * across
+    return z_hat.flatten(1).norm(dim=1).view(-1, *[1] * (z_hat.ndim - 1)) * turned.view_as(z_hat)
 
 
 def draw_noise(shape, generator, device):

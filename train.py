@@ -49,6 +49,8 @@ PAPER = dict(
     noise_dist="lognorm", p_mean=0.0, p_std=1.0,        # mean and std not given
     alpha_max=85.0, alpha_mix=89.0, mix_prob=0.2,       # angles not given: Sphere Encoder's code
     reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,        # low or both: unclear
+    consistency=1.0, pair_noise="one", spherify=True, init_from=None, decay="power",
+    guidance="linear",
     flips=True,                                         # not given
     cfg=1.0, gamma=1.0, sampling_noise="fresh", sample_steps=4,    # gamma, fresh or same: not given
     sigma=None, sigma_scale=1.0,                        # sampling starts at scale * tan(alpha_max)
@@ -72,7 +74,8 @@ DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 DEFINING = ("seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size", "lr", "betas",
             "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay", "dtype",
             "noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "reconstruct",
-            "latent_consistency", "class_dropout_prob", "flips", "decoder_steps")
+            "latent_consistency", "class_dropout_prob", "flips", "decoder_steps", "consistency",
+            "pair_noise", "spherify", "init_from")
 
 
 def parse_args(argv):
@@ -105,7 +108,13 @@ def parse_args(argv):
         help="largest noise angle of the harder range mixed in, degrees")
     add("--mix-prob", type=number(float, 0, 1), help="share of examples from the harder range")
     add("--reconstruct", choices=("low", "both"), help="noise levels on which Eq. 2 is taken")
+    add("--consistency", type=number(float, 0), help="weight of Eq. 3; 0: the paper's R")
     add("--latent-consistency", type=number(float, 0), help="weight of Eq. 4; the paper drops it")
+    add("--pair-noise", choices=("one", "two"), help="one eps for both noise levels, or one each")
+    add("--no-spherify", dest="spherify", action="store_false",
+        help="the identity in the place of f, in training and in sampling")
+    add("--init-from", metavar="CKPT",
+        help="start from the weights, averages and autoencoder of another run, at step 0")
     group = parser.add_argument_group("optimisation")
     add, length = group.add_argument, group.add_mutually_exclusive_group().add_argument
     length("--steps", type=number(int, 1), help="steps in all; raise it to continue a finished run")
@@ -161,6 +170,9 @@ def check_args(parser, args):
     if args.alpha_mix < args.alpha_max:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: "
                      "the mix is harder")
+    if not args.consistency and args.reconstruct == "low":
+        parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "
+                     "both")
     if args.rae not in lite0.PRETRAINED and args.decoder_steps != 1200:  # laptop
         parser.error(f"--decoder-steps: the decoder of {args.rae} is not trained")  # laptop
     if args.dataset not in IMAGE_SIZE:
@@ -205,10 +217,11 @@ class Learner:
         return {"model": self.model.state_dict(), "ema": emas,
                 "optimizer": self.optimizer.state_dict()}
 
-    def load(self, checkpoint):
+    def load(self, checkpoint, with_optimizer=True):
         self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(),
-                                        "state": checkpoint["optimizer"]["state"]})
+        if with_optimizer:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(),
+                                            "state": checkpoint["optimizer"]["state"]})
         self.emas = [{k: v.to(self.device) for k, v in checkpoint["ema"][str(decay)].items()}
                      for decay in self.run["ema_decay"]]
 
@@ -266,14 +279,17 @@ class Learner:
             z, y, hi, lo, dropped = (t.to(self.device, non_blocking=True) for t in batch)
             z, first = z.float(), self.first + m * self.micro
             eps = example_noise("eps", run["seed"], step, first, z)
-            again = None
+            again = eps_lo = None
             if run["latent_consistency"]:
                 again = example_noise("eps again", run["seed"], step, first, z)
+            if run["pair_noise"] == "two":
+                eps_lo = example_noise("eps low", run["seed"], step, first, z)
             last = m == self.accumulate - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.parallel.no_sync():
                 losses, predictions = sphere.training_losses(
-                    partial(self.denoise, dropped), z, y, hi, lo, eps, run["reconstruct"], again)
-                weights = {"latent_consistency": run["latent_consistency"]}
+                    partial(self.denoise, dropped), z, y, hi, lo, eps, run["reconstruct"], again,
+                    eps_lo, sphere.spherify if run["spherify"] else sphere.full_precision)
+                weights = {name: run[name] for name in ("consistency", "latent_consistency")}
                 loss = sum(weights.get(name, 1) * value for name, value in losses.items())
                 (loss / self.accumulate).backward()
             if to_log:
@@ -296,7 +312,8 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for decay, ema in zip(self.run["ema_decay"], self.emas):
-            decay = min(decay, (1 + step) / (10 + step))      # or the first weights would linger
+            if not self.run["init_from"]:                     # or random weights would linger
+                decay = min(decay, (1 + step) / (10 + step))
             average = get_ema_multi_avg_fn(decay)
             average(list(ema.values()), list(self.model.state_dict().values()), None)
         return norm
@@ -337,7 +354,6 @@ def by_angle(values, sigma):
 
 def check_same_run(out, run, before, dataset):
     """run: what defines this one; before: the arguments of the checkpoint in out."""
-    before = {"flips": True, **before}                        # of a run before there was this flag
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in run.items()
                if name != "pictures" and before.get(name) != value]
     if before["pictures"] != run["pictures"] and not changed:
@@ -345,6 +361,18 @@ def check_same_run(out, run, before, dataset):
     if changed:
         raise UserError(f"{out} holds another run ({'; '.join(changed)}): resume that, or give a "
                         "new --out-dir")
+
+
+def check_init(path, init, args, dataset):
+    """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
+    wanted = {"model": args.model, "rae": args.rae, "rae_patch": args.rae_patch,
+              "image_size": args.image_size, "ema_decay": args.ema_decay}
+    other = [f"{name} {init['args'].get(name)}, not {value}" for name, value in wanted.items()
+             if init["args"].get(name) != value]
+    if init["classes"] != dataset.classes:
+        other.append("other classes")
+    if other:
+        raise UserError(f"--init-from {path} has {'; '.join(other)}")
 
 
 def what_changed(path, dataset):
@@ -438,14 +466,17 @@ def run_on(args, dataset, rank, world, device):
     checkpoint = load_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     if checkpoint:
         check_same_run(out, run, checkpoint["args"], dataset)
+    init = load_checkpoint(args.init_from) if args.init_from and not checkpoint else None
+    if init:
+        check_init(args.init_from, init, args, dataset)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
-                   args.weights_dir, checkpoint and checkpoint["rae"])
+                   args.weights_dir, (checkpoint or init or {}).get("rae"))
     latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
                            "yes" if args.encode_only else args.cache_latents, rank, world,
                            args.flips, check=args.encode_only)
     if args.encode_only:
         return
-    if args.rae in lite0.PRETRAINED and not checkpoint:  # laptop
+    if args.rae in lite0.PRETRAINED and not (checkpoint or init):  # laptop
         lite0.train_decoder(rae, dataset, latents, Path(args.data_dir) / "decoders",  # laptop
                             args.decoder_steps, args.seed, rank, args.flips)  # laptop
 
@@ -456,9 +487,9 @@ def run_on(args, dataset, rank, world, device):
     learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
                       start < args.steps and compiles(args.compile, device),
                       args.checkpoint_activations)
-    if checkpoint:
-        learner.load(checkpoint)
-        checkpoint = None                                     # its tensors are no longer needed
+    if checkpoint or init:
+        learner.load(checkpoint or init, with_optimizer=not init)
+        checkpoint = init = None                              # their tensors are no longer needed
     C, side, _ = rae.latent_shape
     parameters = sum(p.numel() for p in learner.model.parameters())
     say(f"latents {C} x {side} x {side}, L = {C * side ** 2:,}, "

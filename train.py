@@ -90,6 +90,7 @@ def parse_args(argv):
         help="no mirror images: where left and right matter, as for letters")
     add("--image-size", type=number(int, 1, 4096), help="side in pixels: 256 for dinov2-b")
     add("--rae", choices=BY_RAE, help="the autoencoder; it decides about other defaults, too")
+    add("--rae-patch", type=number(int, 1, 4096), help="pixels to a side of a patch, of toy")
     add("--decoder-steps", type=number(int, 1), default=1200,
         help="steps in which the decoder of lite0 is trained first")
     add("--weights-dir", help="folder with the files of dinov2-b; without it: the Hub")

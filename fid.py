@@ -738,7 +738,7 @@ def held_out_set(dataset, image_size):
 
 
 def default_features(rae_name):
-    return "toy" if rae_name == "toy" else "lite0"
+    return "toy" if rae_name in ("toy", "pixels") else "lite0"
 
 
 # ---- The command ---------------------------------------------------------------------------------

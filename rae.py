@@ -28,6 +28,7 @@ from common import (ArgumentParser, UserError, autocast, barrier, check_moments,
                     from_hub, keyed_generator, load_renamed, load_tensors, one_line, part_of,
                     prefetch, printable, reserve, say, setup, sweep, to_float, to_uint8,
                     user_errors, verify, write_json, write_whole)
+from baselines import METHODS, build_network
 from data import centre_crop, read_picture, to_tensor
 from laptop import lite0, toy  # laptop
 from model import SiT_models, sincos_2d
@@ -316,6 +317,8 @@ def load_rae(source, device="cpu", weights_dir=None):
 def build_rae(saved):
     """One of the small ones, with random weights."""
     name, channels, size = saved["name"], len(saved["state"]["latent_var"]), saved["image_size"]
+    if name == "pixels":
+        return pixels(size, saved["patch_size"])
     if name == "toy":  # laptop
         return RAE(**toy.build(channels, saved["patch_size"], size))  # laptop
     if name in lite0.PRETRAINED:  # laptop
@@ -323,8 +326,21 @@ def build_rae(saved):
     raise ValueError(f"unknown autoencoder {name!r}")
 
 
+def pixels(image_size, patch_size):
+    """No autoencoder: a latent is the picture in patches, -1 to 1. For what works on pictures."""
+    half = torch.full((3 * patch_size ** 2, 1, 1), 0.5)
+    return RAE(nn.PixelUnshuffle(patch_size), nn.PixelShuffle(patch_size), half, half ** 2,
+               image_size, patch_size, "pixels")
+
+
+OF_PATCHES = ["pixels"]                                       # autoencoders with --rae-patch
+OF_PATCHES += ["toy"]  # laptop
+
+
 def fit_rae(name, images, **settings):
     """A small one, fitted on training pictures (N, 3, S, S). The decoder of lite0 is untrained."""
+    if name == "pixels":
+        return pixels(images.shape[2], **settings)
     if name == "toy":  # laptop
         return RAE(**toy.fit(images, **settings))  # laptop
     if name in lite0.PRETRAINED:  # laptop
@@ -345,8 +361,9 @@ def open_rae(name, dataset, image_size, toy_patch=16, seed=0, device="cpu", weig
             settings = {"image_size": image_size, "device": device, "seed": seed,
                         "recipe": dataset.recipe}
             n = 1000                                          # pictures are enough
+            if name in OF_PATCHES:
+                settings = {"patch_size": toy_patch}
             if name == "toy":  # laptop
-                settings = {"patch_size": toy_patch}  # laptop
                 n = -(-20_000 // max(1, image_size // toy_patch) ** 2)    # 20,000 patches  # laptop
             saved = fit_rae(name, dataset.load(order[:n]), **settings).saved()
         saved = from_first(saved)
@@ -359,8 +376,11 @@ def open_rae(name, dataset, image_size, toy_patch=16, seed=0, device="cpu", weig
 
 def picture_sides(name, image_size, toy_patch=16):
     """-> the side that an autoencoder's pictures are brought to, and the least they may have."""
-    if name == "toy":  # laptop
-        return toy.picture_sides(image_size, toy_patch)  # laptop
+    if name in OF_PATCHES:
+        if image_size % toy_patch:
+            raise UserError(f"--image-size {image_size} is not a multiple of the {name} "
+                            f"autoencoder's patch of {toy_patch}")
+        return image_size, toy_patch
     if name in lite0.PRETRAINED:  # laptop
         return lite0.picture_sides(name, image_size)  # laptop
     return image_size, 1
@@ -374,7 +394,7 @@ ARGS = {"model": str, "dtype": str, "dataset": str, "split": str, "skip_bad": bo
         "rae_patch": int, "sample_steps": int, "ema_decay": list, "pictures": dict,
         "sampling_noise": str, "cfg": (int, float), "gamma": (int, float), "sigma": (int, float)}
 # What came later, and what a run from before did.
-LATER = {"flips": True, "consistency": 1.0, "pair_noise": "one", "spherify": True,
+LATER = {"method": "sphere", "flips": True, "consistency": 1.0, "pair_noise": "one", "spherify": True,
          "init_from": None, "decay": "power", "guidance": "linear"}
 
 
@@ -407,14 +427,13 @@ def check_checkpoint(checkpoint):
             or args["sampling_noise"] not in ("fresh", "same") or args["sample_steps"] < 1
             or args["spherify"] not in (True, False) or args["decay"] not in ("power", "geometric")
             or args["guidance"] not in ("linear", "rotation")
-            or args["model"] not in SiT_models or checkpoint["step"] < 0):
+            or args["model"] not in SiT_models or args["method"] not in METHODS
+            or checkpoint["step"] < 0):
         raise ValueError(f"args that nobody could have given: {args['model']}, {sampler}")
     if name := first_not_finite(checkpoint):
         raise ValueError(f"{name} is not finite")
 
-    C = checkpoint["model"]["x_embedder.weight"].shape[1]
-    side = round(checkpoint["model"]["pos_embed"].shape[1] ** 0.5)
-    model = SiT_models[args["model"]](input_size=side, in_channels=C, num_classes=len(classes))
+    model, (C, side, _) = network_of(checkpoint)
     expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
     for name, state in (("model", checkpoint["model"]), *checkpoint["ema"].items()):
         if {key: (value.shape, value.dtype) for key, value in state.items()} != expected:
@@ -427,6 +446,15 @@ def check_checkpoint(checkpoint):
         shape = load_rae(checkpoint["rae"]).latent_shape
         if shape != (C, side, side):
             raise ValueError(f"its autoencoder has latents of {shape}, the model {(C, side, side)}")
+
+
+def network_of(checkpoint):
+    """-> its network, with random weights, and the (C, h, w) of its latents."""
+    args, state = checkpoint["args"], checkpoint["model"]
+    inside = "encoder." * (args["method"] == "sphere-encoder")
+    side = round(state[f"{inside}pos_embed"].shape[1] ** 0.5)
+    shape = (state[f"{inside}x_embedder.weight"].shape[1], side, side)
+    return build_network(args["method"], args["model"], shape, len(checkpoint["classes"])), shape
 
 
 # ---- Latents of a data set -----------------------------------------------------------------------

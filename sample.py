@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sphere
+from baselines import METHODS
 from common import (ArgumentParser, UserError, autocast, barrier, first_process_first, free_bytes,
                     from_first, keyed_generator, locked, number, one_line, part_of, prefetch,
                     printable, reserve, setup, sweep, to_uint8, user_errors, write_whole)
 from data import ENDINGS
-from model import SiT_models
-from rae import load_checkpoint, load_rae
+from rae import load_checkpoint, load_rae, network_of
 
 # ---- A checkpoint --------------------------------------------------------------------------------
 
@@ -50,26 +50,24 @@ def load_denoiser(checkpoint, ema, device):
     if ema != "raw" and ema not in available:
         raise UserError(f"--ema {one_line(ema, 30)} is not in this checkpoint: it has "
                         f"{', '.join(available)} and raw")
-    weights = checkpoint["model"] if ema == "raw" else checkpoint["ema"][ema]
-    C, side = weights["x_embedder.weight"].shape[1], round(weights["pos_embed"].shape[1] ** 0.5)
-    model = SiT_models[checkpoint["args"]["model"]](input_size=side, in_channels=C,
-                                                    num_classes=len(checkpoint["classes"]))
-    model.load_state_dict(weights)
+    model, _ = network_of(checkpoint)
+    model.load_state_dict(checkpoint["model"] if ema == "raw" else checkpoint["ema"][ema])
     return partial(predict, model.to(device).eval(), {}, checkpoint["args"]["dtype"]), ema
 
 
-def predict(model, weights, dtype, v, y):
-    """G(v, y): no label dropped, under autocast. weights: in the place of the model's own."""
+def predict(model, weights, dtype, v, y, *more):
+    """G(v, y), or what else a method asks its network: no label dropped, under autocast. weights: in the place of the model's own."""
     keep = torch.zeros_like(y, dtype=torch.bool)
     with autocast(dtype, v.device):
-        return torch.func.functional_call(model, weights, (v, y), {"drop": keep})
+        return torch.func.functional_call(model, weights, (v, y, *more), {"drop": keep})
 
 
 def sampling_settings(run):
-    """Algorithm 1 as a run (a dict of its arguments) was set up for it: keywords of draw."""
-    return {"cfg_scale": run["cfg"], "gamma": run["gamma"], "noise": run["sampling_noise"],
-            "sigma": run["sigma"], "decay": run["decay"], "guidance": run["guidance"],
-            "f": sphere.spherify if run["spherify"] else sphere.full_precision}
+    """The sampler as a run (a dict of its arguments) was set up for it: keywords of draw."""
+    known = {"cfg_scale": run["cfg"], "gamma": run["gamma"], "noise": run["sampling_noise"],
+             "sigma": run["sigma"], "decay": run["decay"], "guidance": run["guidance"],
+             "f": sphere.spherify if run["spherify"] else sphere.full_precision, "solver": "euler"}
+    return {"method": run["method"], **{k: known[k] for k in METHODS[run["method"]].sampling}}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -77,26 +75,28 @@ def sampling_settings(run):
 def draw(denoiser, rae, indices, labels, seed, steps, null_class, batch_size=50, trajectory=False,
          **settings):
     """Pictures number `indices` (n,) of a seed, with labels (n,) -> uint8 (n, 3, S, S), on the CPU;
-    with trajectory, what each step predicts: (steps, n, 3, S, S). settings: as sphere.sample."""
+    with trajectory, what each step predicts: (steps, n, 3, S, S). settings: sampling_settings."""
     batches = draw_batches(denoiser, rae, indices.split(batch_size), labels.split(batch_size), seed,
                            steps, null_class, trajectory, **settings)
     frames = torch.cat(list(batches), dim=1)
     return frames if trajectory else frames[0]
 
 
-def draw_batches(denoiser, rae, indices, labels, seed, steps, null_class, trajectory, **settings):
+def draw_batches(denoiser, rae, indices, labels, seed, steps, null_class, trajectory,
+                 method="sphere", **settings):
     """As draw, for lists of batches: yields (frames, n, 3, S, S) for each."""
     def noise_of(part):                                       # drawn ahead, by a thread
         generators = [keyed_generator("sample", seed, int(i)) for i in part]
-        draws = 1 if settings.get("noise") == "same" else steps
+        draws = steps if settings.get("noise") == "fresh" else 1
         return iter([sphere.draw_noise((len(part), *rae.latent_shape), generators, "cpu")
                      for _ in range(draws)])
 
     for part, y, noise in zip(indices, labels, prefetch(noise_of, indices)):
         predictions = []
-        z = sphere.sample(denoiser, (len(part), *rae.latent_shape), y.to(rae.device), steps,
-                          null_class=null_class, trajectory=predictions if trajectory else None,
-                          generator=noise, together=True, **settings)
+        z = METHODS[method].sample(
+            denoiser, (len(part), *rae.latent_shape), y.to(rae.device), steps, generator=noise,
+            null_class=null_class, trajectory=predictions if trajectory else None, together=True,
+            **settings)
         if not z.isfinite().all():
             raise UserError("the sampled latents are not finite: try less guidance, or the float32 "
                             "of --device cpu")
@@ -149,6 +149,7 @@ def parse_args(argv):
     add("--steps", type=number(int, 1, 1000),
         help="denoising steps; with guidance each is two calls")
     add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
+    add("--solver", choices=("euler", "heun"), help="of flow matching; heun: two calls a step")
     add("--guidance", choices=("linear", "rotation"),
         help="extrapolate, or turn the prediction, its norm kept")
     add("--gamma", type=number(float, 0), help="sigma decays as (1 - t / steps) ** gamma")
@@ -195,16 +196,22 @@ def main(argv=None):
         raise UserError(f"--sigmas has {len(args.sigmas)} values: give {steps - 1}, one for each "
                         f"re-noising of {steps} steps")
     given = {"cfg_scale": args.cfg, "gamma": args.gamma, "noise": args.sampling_noise,
-             "sigma": args.sigmas or args.sigma, "decay": args.decay, "guidance": args.guidance}
-    settings = sampling_settings(run) | {k: v for k, v in given.items() if v is not None}
+             "sigma": args.sigmas or args.sigma, "decay": args.decay, "guidance": args.guidance,
+             "solver": args.solver}
+    given, settings = {k: v for k, v in given.items() if v is not None}, sampling_settings(run)
+    if others := given.keys() - settings.keys():
+        raise UserError(f"{', '.join(sorted(others))}: means nothing to --method {run['method']}, "
+                        f"which has {', '.join(METHODS[run['method']].sampling)}")
+    settings |= given
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
-              **settings, "f": settings["f"].__name__, "seed": args.seed,
+              **{k: v for k, v in settings.items() if k != "f"}, "seed": args.seed,
               "classes": [classes[label] for label in wanted] if args.classes else "all",
               "balance": "label = index mod classes"}
     num = args.num or (min(len(wanted), 10) if args.trajectory else
                        40 if len(wanted) > 40 else len(wanted) * min(4, 40 // len(wanted)))
-    nfe = steps * (1 if settings["cfg_scale"] == 1 else 2)
+    nfe = (steps * (1 if settings["cfg_scale"] == 1 else 2)
+           * (2 if settings.get("solver") == "heun" else 1))
 
     # Every process draws its share into one file on the disk that all see.
     out = Path(args.out or path.parent / ("samples.npz" if args.npz else "sample.png"))
@@ -231,7 +238,7 @@ def main(argv=None):
         print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
               f"{num} pictures of {len(drawn)} classes in turn: "
               f"{', '.join(drawn[:10])}{', ...' * (len(drawn) > 10)}\n"
-              f"{steps} steps, guidance {settings['cfg_scale']:g}, {settings['noise']} noise: "
+              f"{steps} steps of {run['method']}, guidance {settings['cfg_scale']:g}: "
               f"NFE {nfe} a picture, {seconds:.2f} s, {num / seconds:.1f} images/s on "
               f"{world} x {device.type}\n{out}")
 

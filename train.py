@@ -31,18 +31,19 @@ from common import (ArgumentParser, Stop, UserError, autocast, barrier, first_no
                     first_process_first, global_batch, keyed_generator, locked, number, on_signals,
                     one_line, peak_memory_gb, prefetch, printable, save_tensors, say, setup, sweep,
                     user_errors, write_json, write_whole)
+from baselines import METHODS, build_network
 from data import IMAGE_SIZE, describe, load_dataset
 from fid import default_features, held_out_set, quality_report, report_text
 from laptop import lite0, toy  # laptop
-from model import SiT_models
-from rae import load_checkpoint, open_latents, open_rae, picture_sides
+from model import SiT, SiT_models
+from rae import OF_PATCHES, load_checkpoint, open_latents, open_rae, picture_sides
 from sample import draw, picture_grid, predict, sampling_settings
 
 # ---- Settings ------------------------------------------------------------------------------------
 
 # The paper's (table A). Where its text gives no number the line says so: that default is ours.
 PAPER = dict(
-    rae="dinov2-b", image_size=256, model="SiT-B/1", epochs=500, batch_size=256, lr=1e-4,
+    method="sphere", rae="dinov2-b", image_size=256, model="SiT-B/1", epochs=500, batch_size=256, lr=1e-4,
     weight_decay=0.0, ema_decay=[0.9995, 0.9999],       # the second decay is ours, to compare
     betas=[0.9, 0.95], dtype="bfloat16",                # not given
     warmup_steps=0, decay_last=0.0, clip=0.0,           # constant rate; a clip is not mentioned
@@ -62,6 +63,8 @@ PRESETS = {
     "imagenet": dict(PAPER, model="SiT-XL/1", epochs=600, batch_size=512, cfg=3.2,
                      sample_every=10_000, save_every=5000),                     # 6.85, 2.25, 2.11
 }
+BY_METHOD = {"meanflow": dict(p_mean=-0.4),                   # its paper's, for ImageNet
+             "sphere-encoder": dict(rae="pixels", noise_dist="sphere-encoder")}
 BY_RAE = {"dinov2-b": PAPER}                            # of other pictures, or with another --rae
 DATASET, RAE_OF_PATH = "flowers", "dinov2-b"
 BY_RAE["toy"] = {**PAPER, **toy.SETTINGS}  # laptop
@@ -71,7 +74,7 @@ DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 
 # A run is resumed with the settings that define it, and the same pictures; its length, its pace and
 # how it samples may change.
-DEFINING = ("seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size", "lr", "betas",
+DEFINING = ("method", "seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size", "lr", "betas",
             "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay", "dtype",
             "noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "reconstruct",
             "latent_consistency", "class_dropout_prob", "flips", "decoder_steps", "consistency",
@@ -89,8 +92,9 @@ def parse_args(argv):
     add("--no-flips", dest="flips", action="store_false",
         help="no mirror images: where left and right matter, as for letters")
     add("--image-size", type=number(int, 1, 4096), help="side in pixels: 256 for dinov2-b")
-    add("--rae", choices=BY_RAE, help="the autoencoder; it decides about other defaults, too")
-    add("--rae-patch", type=number(int, 1, 4096), help="pixels to a side of a patch, of toy")
+    add("--rae", choices=(*BY_RAE, "pixels"),
+        help="the autoencoder; it decides about other defaults, too; pixels: none")
+    add("--rae-patch", type=number(int, 1, 4096), help="pixels to a side of a patch, of toy and pixels")
     add("--decoder-steps", type=number(int, 1), default=1200,
         help="steps in which the decoder of lite0 is trained first")
     add("--weights-dir", help="folder with the files of dinov2-b; without it: the Hub")
@@ -98,7 +102,8 @@ def parse_args(argv):
     add("--cache-latents", default="auto", choices=("auto", "yes", "no"),
         help="encode once; auto: if the disk has room")
     add("--encode-only", action="store_true", help="fill the cache of latents, and end")
-    add = parser.add_argument_group("method (model.py, sphere.py)").add_argument
+    add = parser.add_argument_group("method (model.py, sphere.py, baselines.py)").add_argument
+    add("--method", choices=METHODS, help="the paper's, or what it compares with")
     add("--model", choices=SiT_models, help="size and patch of the denoiser")
     add("--noise-dist", choices=("lognorm", "uniform", "sphere-encoder"),
         help="how noise levels are drawn")
@@ -151,13 +156,18 @@ def parse_args(argv):
     first = ArgumentParser(add_help=False)                    # these two decide about the defaults
     first.add_argument("--dataset", default=DATASET)
     first.add_argument("--rae")
+    first.add_argument("--method")
     known = first.parse_known_args(argv)[0]
     preset = PRESETS.get(known.dataset) or BY_RAE[RAE_OF_PATH]
     if known.rae != preset["rae"]:
         preset = BY_RAE.get(known.rae, preset)
+    preset = {**preset, **BY_METHOD.get(known.method, {})}
     parser.set_defaults(**{"steps": None, **preset, "epochs": None})
     args = parser.parse_args(argv)
     args.epochs = args.epochs or (None if args.steps else preset["epochs"])
+    for name in METHODS["sphere"].flags:
+        if name not in METHODS[args.method].flags and getattr(args, name) != preset[name]:
+            parser.error(f"--{name.replace('_', '-')} means nothing to --method {args.method}")
     if args.sigma is None:
         args.sigma = args.sigma_scale * sphere.angle_to_sigma(args.alpha_max)
     name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
@@ -171,7 +181,14 @@ def check_args(parser, args):
     if args.alpha_mix < args.alpha_max:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: "
                      "the mix is harder")
-    if not args.consistency and args.reconstruct == "low":
+    if args.method == "sphere-encoder" and args.rae != "pixels":
+        parser.error(f"--method sphere-encoder works on pictures: not --rae {args.rae}, but pixels")
+    if args.method == "meanflow" and (args.compile or args.checkpoint_activations):
+        parser.error("--method meanflow differentiates forward, too: no --compile and no "
+                     "--checkpoint-activations")
+    if args.rae not in OF_PATCHES and args.rae_patch != PAPER["rae_patch"]:
+        parser.error(f"--rae-patch means nothing to --rae {args.rae}")
+    if args.method == "sphere" and not args.consistency and args.reconstruct == "low":
         parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "
                      "both")
     if args.rae not in lite0.PRETRAINED and args.decoder_steps != 1200:  # laptop
@@ -196,13 +213,15 @@ class Learner:
     def __init__(self, run, latent_shape, num_classes, device, rank=0, world=1, accumulate=1,
                  compiles=False, checkpoint_activations=False):
         torch.manual_seed(run["seed"])
-        C, side, _ = latent_shape
         self.run, self.device, self.world, self.accumulate = run, device, world, accumulate
         self.micro = run["batch_size"] // (world * accumulate)
         self.first = rank * accumulate * self.micro           # of the global batch
-        self.model = SiT_models[run["model"]](input_size=side, in_channels=C,
-                                              num_classes=num_classes).to(device)
-        self.model.checkpoint_activations = checkpoint_activations
+        self.method = METHODS[run["method"]]
+        self.model = build_network(run["method"], run["model"], latent_shape, num_classes)
+        self.model.to(device)
+        for part in self.model.modules():
+            if isinstance(part, SiT):
+                part.checkpoint_activations = checkpoint_activations
         self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
         if compiles:
             self.parallel = self.compiled(latent_shape)
@@ -231,9 +250,11 @@ class Learner:
         started, n = time.perf_counter(), 2 * self.micro
         network, v = torch.compile(self.parallel, dynamic=False), torch.zeros(n, *latent_shape)
         y, drop = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+        more = [torch.zeros(n, 1)] * (self.method.num_times > 0)
         try:
             with autocast(self.run["dtype"], self.device):
-                predicted = network(*(t.to(self.device) for t in (v, y)), drop=drop.to(self.device))
+                predicted = network(*(t.to(self.device) for t in (v, y, *more)),
+                                    drop=drop.to(self.device))
             predicted.float().mean().backward()
             say(f"compiled in {time.perf_counter() - started:.0f} s")
         except Exception as error:                            # compilers fail in many ways
@@ -243,27 +264,30 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
         return network
 
-    def denoise(self, drop, v, y):
+    def denoise(self, drop, v, y, *more):
         """Several noise levels of the same examples, one below the other, drop the same labels."""
         with autocast(self.run["dtype"], self.device):
-            return self.parallel(v, y, drop=drop.repeat(len(v) // len(drop)))
+            return self.parallel(v, y, *more, drop=drop.repeat(len(v) // len(drop)))
 
     def micro_batch(self, latents, step, m):
-        """z (b, C, h, w), and y, sigma_hi, sigma_lo, drop, (b,) each, of the m-th micro-batch of a
+        """z (b, C, h, w), and y, two noise levels, drop, (b,) each, of the m-th micro-batch of a
         step: a function of (seed, step), so that a thread may ask for it ahead."""
         run, n = self.run, self.run["batch_size"]
         # What is small is drawn for the global batch; then each process takes its part.
         g = keyed_generator("batch", run["seed"], step)
-        sigma_hi, sigma_lo = sphere.noise_pair(
-            n, run["noise_dist"], run["p_mean"], run["p_std"], run["alpha_max"], run["alpha_mix"],
-            run["mix_prob"], generator=g)
+        if self.method.num_times:
+            levels = self.method.levels(n, run["p_mean"], run["p_std"], generator=g)
+        else:
+            levels = sphere.noise_pair(
+                n, run["noise_dist"], run["p_mean"], run["p_std"], run["alpha_max"],
+                run["alpha_mix"], run["mix_prob"], generator=g)
         drop = torch.rand(n, generator=g) < run["class_dropout_prob"]
         flips = torch.randint(2, (n,), generator=g) * run["flips"]
         indices = global_batch(len(latents), n, step, run["seed"])
         first = self.first + m * self.micro
         mine = slice(first, first + self.micro)
         found = *latents.batch(indices[mine], flips[mine].numpy()), *(
-            t[mine] for t in (sigma_hi, sigma_lo, drop))
+            t[mine] for t in (*levels, drop))
         pins = self.device.type == "cuda"                     # then the copy is not waited for
         return [t.pin_memory() if pins and t.device.type == "cpu" else t for t in found]
 
@@ -280,25 +304,29 @@ class Learner:
             z, y, hi, lo, dropped = (t.to(self.device, non_blocking=True) for t in batch)
             z, first = z.float(), self.first + m * self.micro
             eps = example_noise("eps", run["seed"], step, first, z)
-            again = eps_lo = None
+            more = {}
+            if run["method"] == "sphere":
+                more = {"reconstruct": run["reconstruct"],
+                        "f": sphere.spherify if run["spherify"] else sphere.full_precision}
             if run["latent_consistency"]:
-                again = example_noise("eps again", run["seed"], step, first, z)
+                more["eps_again"] = example_noise("eps again", run["seed"], step, first, z)
             if run["pair_noise"] == "two":
-                eps_lo = example_noise("eps low", run["seed"], step, first, z)
+                more["eps_lo"] = example_noise("eps low", run["seed"], step, first, z)
             last = m == self.accumulate - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.parallel.no_sync():
-                losses, predictions = sphere.training_losses(
-                    partial(self.denoise, dropped), z, y, hi, lo, eps, run["reconstruct"], again,
-                    eps_lo, sphere.spherify if run["spherify"] else sphere.full_precision)
-                weights = {name: run[name] for name in ("consistency", "latent_consistency")}
+                losses, predictions = self.method.training_losses(
+                    partial(self.denoise, dropped), z, y, hi, lo, eps, **more)
+                weights = {"consistency": run["consistency"], "squared_error": 0,
+                           "latent_consistency": run["latent_consistency"]}
                 loss = sum(weights.get(name, 1) * value for name, value in losses.items())
                 (loss / self.accumulate).backward()
             if to_log:
-                l1, cosine = sphere.l1_and_cosine(torch.cat(predictions).detach(),
-                                                  torch.cat([z, z]))
                 parts = {name: value.detach() / (self.accumulate * self.world)
                          for name, value in {"loss": loss, **losses}.items()}
-                parts["loss_by_angle"] = by_angle(50 * l1 + cosine, torch.cat([hi, lo]))
+                if predictions:
+                    l1, cosine = sphere.l1_and_cosine(torch.cat(predictions).detach(),
+                                                      torch.cat([z, z]))
+                    parts["loss_by_angle"] = by_angle(50 * l1 + cosine, torch.cat([hi, lo]))
                 sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
         return sums
 
@@ -366,7 +394,7 @@ def check_same_run(out, run, before, dataset):
 
 def check_init(path, init, args, dataset):
     """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
-    wanted = {"model": args.model, "rae": args.rae, "rae_patch": args.rae_patch,
+    wanted = {"method": args.method, "model": args.model, "rae": args.rae, "rae_patch": args.rae_patch,
               "image_size": args.image_size, "ema_decay": args.ema_decay}
     other = [f"{name} {init['args'].get(name)}, not {value}" for name, value in wanted.items()
              if init["args"].get(name) != value]
@@ -416,18 +444,24 @@ def plain(sums):
     if dist.is_initialized():
         for value in sums.values():
             dist.all_reduce(value)
-    totals, counts = sums.pop("loss_by_angle").tolist()
-    by_angle = [total / n if n else None for total, n in zip(totals, counts)]
-    return {name: value.item() for name, value in sums.items()} | {"loss_by_angle": by_angle}
+    line = {name: value.tolist() for name, value in sums.items()}
+    if "loss_by_angle" in line:
+        line["loss_by_angle"] = [total / n if n else None
+                                 for total, n in zip(*line["loss_by_angle"])]
+    return line
+
+
+LOSSES = ("loss", "reconstruction", "consistency", "latent_consistency", "latent_again", "velocity",
+          "average_velocity", "squared_error")
 
 
 def log_line(line):
-    losses = ("loss", "reconstruction", "consistency", "latent_consistency")
-    angles = " ".join("-" if value is None else f"{value:.1f}" for value in line["loss_by_angle"])
+    angles = " ".join("-" if value is None else f"{value:.1f}"
+                      for value in line.get("loss_by_angle", ()))
     return (f"step {line['step']} " +
-            " ".join(f"{name} {line[name]:.2f}" for name in losses if name in line) +
-            f" | by angle 0-22-45-68-90 deg: {angles} | gradient {line['grad_norm']:.1f}, "
-            f"{line['images_per_s']:.0f} images/s, waiting {100 * line['waiting']:.1f}%, "
+            " ".join(f"{name} {line[name]:.2f}" for name in LOSSES if name in line) +
+            f" | by angle 0-22-45-68-90 deg: {angles}" * bool(angles) +
+            f" | gradient {line['grad_norm']:.1f}, {line['images_per_s']:.0f} images/s, waiting {100 * line['waiting']:.1f}%, "
             f"{line['memory_gb']:.1f} GB")
 
 
@@ -486,7 +520,8 @@ def run_on(args, dataset, rank, world, device):
     if args.epochs is not None:
         args.steps = -(-args.epochs * N // args.batch_size)
     learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
-                      start < args.steps and compiles(args.compile, device),
+                      start < args.steps and args.method != "meanflow"
+                      and compiles(args.compile, device),
                       args.checkpoint_activations)
     if checkpoint or init:
         learner.load(checkpoint or init, with_optimizer=not init)

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, keyed_generator, to_float
+from common import keyed_generator, to_float
 
 # What differs from the paper's settings. A latent has about 1,000 numbers in place of 196,608: a
 # smaller angle hides the picture. Minutes in place of days: the EMA is as much shorter as the run,
@@ -126,14 +126,6 @@ def draw_flowers(labels, variation, image_size):
 
 
 # ---- The autoencoder. Both functions return the arguments of rae.RAE -----------------------------
-
-def picture_sides(image_size, patch_size):
-    """As rae.picture_sides."""
-    if image_size % patch_size:
-        raise UserError(f"--image-size {image_size} is not a multiple of the toy autoencoder's "
-                        f"patch of {patch_size}")
-    return image_size, patch_size
-
 
 def build(channels, patch_size, image_size):
     D = 3 * patch_size ** 2                                   # numbers in a patch

@@ -1,0 +1,256 @@
+"""What the paper compares with, against closed forms: of a data set of one point all is known."""
+import json
+import math
+
+import pytest
+import torch
+
+import baselines
+import sample
+import sphere
+import train
+from conftest import equal, make_photos, train_args
+
+Y, SHAPE = torch.tensor([0, 1, 2]), (3, 4, 2, 2)
+POINT = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(7)).expand(SHAPE)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(n=6, dtype=torch.float64):
+    """eps like n times the point, labels, times t >= r."""
+    eps = torch.randn(n, 4, 2, 2, generator=generator(1), dtype=dtype)
+    t, r = baselines.times(n, r_equals_t=0.3, generator=generator(2))
+    return POINT[:1].to(dtype).expand(n, -1, -1, -1), torch.arange(n) % 3, t.to(dtype), r.to(dtype), eps
+
+
+# Of one point z the velocity at x_t is (x_t - z) / t, and as paths are straight the average too.
+
+def exact_velocity(x, y, at):
+    return (x - POINT[:1].to(x.dtype)) / at[:, 0].view(-1, 1, 1, 1)
+
+
+def test_losses_vanish_where_the_answer_is_exact():
+    z, y, t, r, eps = batch()
+    assert baselines.flow_losses(exact_velocity, z, y, t, r, eps)[0]["velocity"] < 1e-20
+    losses = baselines.meanflow_losses(exact_velocity, z, y, t, r, eps)[0]
+    assert losses["average_velocity"] < 1e-10 and losses["squared_error"] < 1e-20
+    wrong = baselines.meanflow_losses(lambda x, y, at: exact_velocity(x, y, at) + at[:, 1].view(-1, 1, 1, 1),
+                                      z, y, t, r, eps)[0]
+    # u = v + (t - r), so du/dt = 1 and the target is v - (t - r): off by 2 (t - r)
+    assert wrong["squared_error"].item() == pytest.approx((2 * (t - r)).square().mean().item())
+
+
+@pytest.mark.parametrize("sampler,steps,more", [
+    (baselines.flow_sample, 1, {}), (baselines.flow_sample, 5, {}),
+    (baselines.meanflow_sample, 1, {}), (baselines.meanflow_sample, 4, {}),
+    (baselines.meanflow_sample, 4, {"cfg_scale": 2.0, "null_class": 3})])
+def test_samplers_return_the_point(sampler, steps, more):
+    found = sampler(exact_velocity, SHAPE, Y, steps, generator=generator(), **more)
+    assert torch.allclose(found, POINT, atol=1e-5)
+
+
+def test_the_sphere_returns_the_point_in_one_step():
+    assert torch.equal(sphere.sample(lambda v, y: POINT, SHAPE, Y, 1, generator=generator()), POINT)
+
+
+def test_heun_is_of_second_order():
+    """dx/dt = -x has the solution e^t x(1) at time 1 - t: errors by halves and by quarters."""
+    def errors(solver):
+        trajectories = (baselines.flow_sample(lambda x, y, at: -x.double(), SHAPE, Y, steps, solver=solver,
+                                              generator=generator()) for steps in (20, 40))
+        exact = torch.randn(SHAPE, generator=generator()).double() * math.e
+        return [(found - exact).abs().max().item() for found in trajectories]
+    for solver, ratio in (("euler", 2), ("heun", 4)):
+        coarse, fine = errors(solver)
+        assert coarse / fine == pytest.approx(ratio, rel=0.05)
+    calls = []
+    baselines.flow_sample(lambda x, y, at: calls.append(at[0].item()) or x, SHAPE, Y, 2, solver="heun",
+                          generator=generator())
+    assert calls == [1.0, 0.5, 0.5, 0.0]
+
+
+def test_guidance_and_the_times_that_are_told():
+    def denoiser(x, y, at):
+        told.append((y.tolist(), at.tolist()))
+        return y.view(-1, 1, 1, 1) * torch.ones_like(x)
+    told = []
+    start = torch.randn(SHAPE, generator=generator())
+    found = baselines.flow_sample(denoiser, SHAPE, Y, 2, 2.0, generator=generator(), null_class=9)
+    assert torch.allclose(found, start - (9 + 2 * (Y.view(-1, 1, 1, 1) - 9)), atol=1e-5)
+    assert told[1] == ([0, 1, 2, 9, 9, 9], [[0.5]] * 6)
+    told.clear()
+    baselines.meanflow_sample(denoiser, SHAPE, Y, 2, generator=generator())
+    assert [at[0] for _, at in told] == [[1.0, 0.5], [0.5, 0.5]]
+
+
+def network(num_times, hidden_size=32):
+    torch.manual_seed(0)
+    net = baselines.SiT_models["SiT-T/1"](input_size=2, in_channels=4, hidden_size=hidden_size, depth=2,
+                                          num_heads=2, num_classes=3, num_times=num_times).double().eval()
+    for p in net.parameters():                                # nothing at its zero start
+        p.data.add_(0.1 * torch.randn(p.shape, generator=generator(3), dtype=p.dtype))
+    return net
+
+
+def test_forward_derivative_against_finite_differences():
+    net, (z, y, t, r, eps), seen = network(2), batch(), {}
+    real = torch.func.jvp
+
+    def spy(f, primals, tangents):
+        seen.update(f=f, primals=primals, tangents=tangents, found=real(f, primals, tangents))
+        return seen["found"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.func, "jvp", spy)
+        baselines.meanflow_losses(net, z, y, t, r, eps)
+    h = 1e-5
+    ahead, behind = (seen["f"](*(p + s * h * d for p, d in zip(seen["primals"], seen["tangents"])))
+                     for s in (1, -1))
+    numeric = (ahead - behind) / (2 * h)
+    assert numeric.norm() > 0.1
+    assert (seen["found"][1] - numeric).norm() / numeric.norm() < 1e-8
+
+
+def test_meanflow_with_r_equal_to_t_is_flow_matching():
+    net, (z, y, t, _, eps) = network(2), batch()
+    losses = baselines.meanflow_losses(net, z, y, t, t, eps)[0]
+    of_flow = baselines.flow_losses(lambda x, y, at: net(x, y, torch.cat([at, 0 * at], 1)), z, y, t, t, eps)[0]
+    assert losses["squared_error"].item() == pytest.approx(of_flow["velocity"].item(), rel=1e-12)
+    # With p = 0 the losses themselves are one, but for the sum over a latent in place of the mean.
+    plain = baselines.meanflow_losses(net, z, y, t, t, eps, p=0)[0]["average_velocity"] / z[0].numel()
+    gradients = [torch.autograd.grad(loss, net.final_layer.linear.weight, retain_graph=True)[0]
+                 for loss in (plain, of_flow["velocity"])]
+    assert torch.allclose(*gradients, rtol=1e-10)
+
+
+def test_the_weight_and_the_target_are_held_fixed():
+    z, y, t, r, eps = batch()
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    losses = baselines.meanflow_losses(lambda x, y, at: a * x, z, y, t, r, eps, p=1.0, c=1e-3)[0]
+    x = (1 - t.view(-1, 1, 1, 1)) * z + t.view(-1, 1, 1, 1) * eps
+    v = eps - z
+    error = 0.5 * x - (v - (t - r).view(-1, 1, 1, 1) * 0.5 * v)             # du/dt = a dx/dt
+    square = error.square().flatten(1).sum(1)
+    by_hand = ((2 * error * x).flatten(1).sum(1) / (square + 1e-3)).mean()  # d/da of a x alone
+    assert torch.autograd.grad(losses["average_velocity"], a)[0].item() == pytest.approx(by_hand.item())
+
+
+def test_times():
+    t, r = baselines.times(50_000, -0.4, 1.0, generator=generator())
+    assert (t >= r).all() and (t < 1).all() and (r > 0).all()
+    assert abs((t == r).double().mean() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 50_000)
+    t, r = baselines.times(50_000, 0.3, 1.2, r_equals_t=1.0, generator=generator())
+    logit = torch.logit(t.double())
+    assert torch.equal(t, r) and abs(logit.mean() - 0.3) < 0.03 and abs(logit.std() - 1.2) < 0.03
+
+
+# ---- Sphere Encoder ------------------------------------------------------------------------------
+
+class Exact:
+    """An encoder that is one to one on the sphere, and the decoder that is its inverse for a class."""
+
+    def __init__(self, pictures):
+        self.pictures, self.calls = pictures, []
+
+    def __call__(self, x, y, part):
+        self.calls.append(part)
+        return x.flip(1) if part == "encoder" else self.pictures[y]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.7])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_sphere_encoder_returns_the_picture(cfg_scale, steps):
+    pictures, trajectory = torch.randn(3, 4, 2, 2, generator=generator(5)), []
+    exact = Exact(torch.cat([pictures, pictures[:1]]))
+    y = torch.tensor([1, 2, 0])
+    found = baselines.sphere_encoder_sample(exact, SHAPE, y, steps, cfg_scale, generator=generator(), null_class=3,
+                                            trajectory=trajectory, sigma=2.0)
+    expected = pictures[:1] + cfg_scale * (pictures[y] - pictures[:1])
+    assert torch.allclose(found, expected, atol=1e-6) and len(trajectory) == steps
+    assert exact.calls == (["decoder", "encoder"] * steps)[:-1]             # n decoders, n - 1 encoders
+
+
+def test_sphere_encoder_losses_by_hand():
+    x, eps = (torch.randn(5, 4, 2, 2, generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    hi, lo, y = torch.full((5,), 2.0).double(), torch.full((5,), 0.5).double(), torch.arange(5) % 3
+
+    def denoiser(x, y, part):
+        return 2 * x[:, :3] if part == "encoder" else torch.cat([x, x[:, :1]], 1).tanh()
+    losses = baselines.sphere_encoder_losses(denoiser, x, y, hi, lo, eps)[0]
+    v = sphere.spherify(2 * x[:, :3])
+    x_hi, x_lo = (denoiser(sphere.add_noise(v, s, eps[:, :3]), y, "decoder") for s in (hi, lo))
+    huber = [torch.where(d.abs() < 1, d ** 2 / 2, d.abs() - 0.5).mean() for d in (x_lo - x, x_hi - x_lo)]
+    cosine = torch.cosine_similarity((2 * x_hi[:, :3]).flatten(1), (2 * x[:, :3]).flatten(1)).mean()
+    assert [value.item() for value in losses.values()] == pytest.approx(
+        [50 * huber[0].item(), 25 * huber[1].item(), 1 - cosine.item()])
+
+
+def test_pixels_are_the_picture(photos):
+    from rae import fit_rae
+    images = torch.rand(2, 3, 12, 12, generator=generator())
+    rae = fit_rae("pixels", images, patch_size=4)
+    z = rae.encode(images)
+    assert z.shape == (2, 48, 3, 3) and torch.allclose(rae.decode(z), images, atol=1e-6)
+    assert abs(z).max() <= 1
+
+
+# ---- The network and the run ---------------------------------------------------------------------
+
+def test_the_network_of_the_paper_is_told_no_time():
+    net, x = network(0), torch.randn(2, 4, 2, 2, generator=generator()).double()
+    assert not any("t_embed" in name for name in net.state_dict())
+    told, at = network(2), torch.tensor([[0.2, 0.1], [0.9, 0.0]]).double()
+    one, other = told(x, Y[:2], at), told(x, Y[:2], at.flip(1))
+    assert not torch.allclose(one, other)
+    for net, times in ((net, at), (told, at[:, :1]), (told, None)):
+        with pytest.raises(ValueError, match="zip"):
+            net(x, Y[:2], times)
+
+
+MORE = {"flow": [], "meanflow": [], "sphere-encoder": ["--rae-patch", "16"]}
+
+
+@pytest.mark.parametrize("method", MORE)
+def test_a_run_resumed_equals_one_uninterrupted(method, photos, tmp_path):
+    def run(name, *steps):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "photos").symlink_to(photos)
+        for n in steps:
+            train.main(train_args(folder, "--steps", n, "--method", method, *MORE[method]))
+        return torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)
+    whole, resumed = run("whole", "4"), run("resumed", "2", "4")
+    assert equal(whole["model"], resumed["model"]) and equal(whole["ema"], resumed["ema"])
+    ckpt = tmp_path / "whole" / "out" / "run" / "ckpt.pt"
+    sample.main(["--ckpt", str(ckpt), "--num", "6", "--steps", "2", "--npz", "--device", "cpu"])
+    import numpy as np
+    file = np.load(ckpt.with_name("samples.npz"))
+    assert file["arr_0"].shape == (6, 32, 32, 3) and json.loads(str(file["recipe"]))["method"] == method
+    sample.main(["--ckpt", str(ckpt), "--trajectory", "--steps", "2", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("message,argv", [
+    ("--alpha-max means nothing to --method flow", ["--method", "flow", "--alpha-max", "60"]),
+    ("--spherify means nothing to --method meanflow", ["--method", "meanflow", "--no-spherify"]),
+    ("--reconstruct means nothing to --method sphere-encoder", ["--method", "sphere-encoder", "--reconstruct", "both"]),
+    ("--sigma means nothing to --method flow", ["--method", "flow", "--sigma", "3"]),
+    ("works on pictures: not --rae toy", ["--method", "sphere-encoder", "--rae", "toy"]),
+    ("differentiates forward", ["--method", "meanflow", "--compile"]),
+    ("invalid choice: 'diffusion'", ["--method", "diffusion"])])
+def test_flags_that_a_method_does_not_know(message, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_sampling_flags_that_a_method_does_not_know(tmp_path, capsys):
+    make_photos(tmp_path / "photos", each=2)
+    train.main(train_args(tmp_path, "--steps", "1", "--method", "flow"))
+    ckpt = str(tmp_path / "out" / "run" / "ckpt.pt")
+    for flags, name in ((["--gamma", "2"], "gamma"), (["--sigmas", "2"], "sigma"), (["--sampling-noise", "same"], "noise")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main(["--ckpt", ckpt, "--steps", "2", *flags])
+        assert stop.value.code == 1 and f"{name}: means nothing to --method flow" in capsys.readouterr().err

@@ -184,13 +184,14 @@ def sphere_encoder_sample(denoiser, shape, y, steps, cfg_scale=1.0, generator=No
 
 class Method(NamedTuple):
     """flags: settings of a run that it knows, of those which not all do; sampling: those of its
-    sampler. num_times: times that its network is told."""
+    sampler; network: what its SiT has more than the paper's; times: in the place of
+    sphere.noise_pair."""
     training_losses: Callable
     sample: Callable
     flags: tuple
     sampling: tuple
-    num_times: int = 0
-    levels: Callable = None                                   # in the place of sphere.noise_pair
+    network: dict = {}
+    times: Callable = None
 
 
 OF_SPHERE = ("noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "consistency",
@@ -199,10 +200,10 @@ METHODS = {
     "sphere": Method(sphere.training_losses, sphere.sample,
                      (*OF_SPHERE, "reconstruct", "latent_consistency", "pair_noise", "spherify"),
                      ("cfg_scale", "gamma", "noise", "sigma", "decay", "guidance", "f")),
-    "flow": Method(flow_losses, flow_sample, ("p_mean", "p_std"), ("cfg_scale", "solver"), 1,
-                   partial(times, r_equals_t=1.0)),
-    "meanflow": Method(meanflow_losses, meanflow_sample, ("p_mean", "p_std"), ("cfg_scale",), 2,
-                       times),
+    "flow": Method(flow_losses, flow_sample, ("p_mean", "p_std"), ("cfg_scale", "solver"),
+                   {"num_times": 1}, partial(times, r_equals_t=1.0)),
+    "meanflow": Method(meanflow_losses, meanflow_sample, ("p_mean", "p_std"), ("cfg_scale",),
+                       {"num_times": 2}, times),
     "sphere-encoder": Method(sphere_encoder_losses, sphere_encoder_sample, OF_SPHERE,
                              ("cfg_scale", "gamma", "noise", "sigma", "decay")),
 }
@@ -214,4 +215,4 @@ def build_network(method, model, latent_shape, num_classes):
     SiT = partial(SiT_models[model], input_size=side, num_classes=num_classes)
     if method == "sphere-encoder":
         return SphereEncoder(SiT, C)
-    return SiT(in_channels=C, num_times=METHODS[method].num_times)
+    return SiT(in_channels=C, **METHODS[method].network)

@@ -609,7 +609,8 @@ def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world
 
 # ---- The quality report of a run -----------------------------------------------------------------
 
-def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, most=10_000):
+def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, most=10_000,
+                   steps_of_rows=(1, 2, 4, 8)):
     """Rows of pictures against the training pictures -> a list of dicts, one a row.
 
     n pictures a row, with the labels of as many of test_set: held-out ones (the floor), these
@@ -658,7 +659,7 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
             decoded = (to_uint8(rae.decode(latent)).cpu() for latent in (z, mean, gaussian))
             for row, pictures in zip(rows.values(), (compared(images), *decoded)):
                 row[part] = pictures
-    for steps in (1, 2, 4, 8):
+    for steps in steps_of_rows:
         images = sampler(torch.arange(len(labels)), labels, steps=steps)
         rows[f"{steps} step{'s'[:steps > 1]}"] = images
 
@@ -694,14 +695,16 @@ NETWORKS["lite0"] = lambda images, labels, device: lite0.networks(device)  # lap
 def report_text(table, run, step):
     formats = {"accuracy": ".2f", "diversity": ".1f", "frechet_lite0": ".1f",
                "frechet_classifier": ".3f", "frechet_pixels": ".3f"}
-    return (f"step {step}, guidance {run['cfg']:g}, {run['sampling_noise']} noise; distances to "
-            f"the training pictures, not FID\n{table_text(table, formats)}")
+    return (f"step {step}, {run['method']}, guidance {run['cfg']:g}; distances to the training "
+            f"pictures, not FID\n{table_text(table, formats)}")
 
 
-def report_of_run(path, held_out, features, data_dir, batch_size, device):
-    """The report of a checkpoint, kept in quality.json beside it -> table, run, step."""
+def report_of_run(path, held_out, features, data_dir, batch_size, device, steps=None, cfg=None):
+    """The report of a checkpoint -> table, run, step. With the run's own settings it is kept in
+    quality.json beside it."""
     checkpoint = load_checkpoint(path)
     run, classes = checkpoint["args"], checkpoint["classes"]
+    run["cfg"] = run["cfg"] if cfg is None else cfg
     rae = load_rae(checkpoint["rae"], device, run["weights_dir"])
     sides = picture_sides(rae.name, rae.image_size, run["rae_patch"])
     train_set = load_dataset(run["dataset"], *sides, data_dir, run["split"], run["skip_bad"])
@@ -726,8 +729,10 @@ def report_of_run(path, held_out, features, data_dir, batch_size, device):
     sampler = partial(draw, denoiser, rae, seed=run["seed"], null_class=len(classes),
                       batch_size=batch_size, **sampling_settings(run))
     features = features or default_features(rae.name)
-    table = quality_report(train_set, test_set, rae, sampler, features, run.get("report") or 500)
-    write_json(Path(path).with_name("quality.json"), table)
+    table = quality_report(train_set, test_set, rae, sampler, features, run.get("report") or 500,
+                           steps_of_rows=steps or (1, 2, 4, 8))
+    if steps is None and cfg is None:
+        write_json(Path(path).with_name("quality.json"), table)
     return table, run, checkpoint["step"]
 
 
@@ -766,6 +771,8 @@ def parse_args(argv):
         "does: without their orientation and transparency, 16 bits clipped to 8")
     add("--save-stats", metavar="FILE", help="write the statistics of A into a new npz, and end")
     add("--inception-weights", metavar="FILE", help="by hand, where they cannot be fetched")
+    add("--steps", type=number(int, 1), nargs="+", help="rows of a run's report: steps of each")
+    add("--cfg", type=number(float, 0), help="guidance of a run's report, in place of its own")
     add("--json", action="store_true", help="print one JSON object: the numbers and their recipe")
     add("--batch-size", type=number(int, 1, 10 ** 6), default=50,
         help="pictures at once in a process")
@@ -778,6 +785,8 @@ def parse_args(argv):
         parser.error("--metrics, --save-stats, --pipeline, --as-pytorch-fid and "
                      "--inception-weights are for FID: a run's report and --features have numbers "
                      "of their own")
+    if (args.steps or args.cfg is not None) and not args.A.endswith(".pt"):
+        parser.error("--steps and --cfg are of a run's report: give its ckpt.pt")
     if args.save_stats and (args.B or args.metrics):
         parser.error("--save-stats keeps what fid and sfid need of A: leave out B and --metrics")
     if not (args.B or args.save_stats or args.metrics == "is" or args.A.endswith(".pt")):
@@ -798,7 +807,7 @@ def main(argv=None):
     if args.A.endswith(".pt"):
         if rank == 0:                                         # one process does it
             table, run, step = report_of_run(args.A, args.B, args.features, args.data_dir,
-                                             args.batch_size, device)
+                                             args.batch_size, device, args.steps, args.cfg)
             print(json.dumps(table) if args.json else report_text(table, run, step))
         return
     if args.save_stats and Path(args.save_stats).exists():

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import sphere
+from baselines import METHODS, SphereEncoder
 from common import (ArgumentParser, UserError, number, peak_memory_gb, prefetch, setup, table_text,
                     user_errors)
 from model import SiT_models
@@ -111,32 +112,57 @@ SPHERE_ENCODER = {"animal-faces": (623.9, 670.6), "flowers": (624.2, 670.9),
                   "imagenet": (918.2, 977.1)}
 
 
-def build(part, num_classes=1000):
+def build(part, num_classes=1000, **more):
     return (DINOv2Encoder() if part == "encoder" else ViTDecoder() if part == "decoder"
-            else SiT_models[part](num_classes=num_classes)).eval()
+            else SiT_models[part](num_classes=num_classes, **more)).eval()
 
 
 @functools.cache
-def cost(part, num_classes=1000):
+def cost(part, num_classes=1000, **more):
     """"encoder", "decoder" or a denoiser -> parameters; GFLOPs of a pass, float64 (2,): the paper's
-    way and whole."""
+    way and whole. more: as of model.SiT."""
     with torch.device("cpu" if part == "encoder" else "meta"):          # timm 1.0.9 looks at values
-        module = build(part, num_classes)
-    x = torch.empty(1, *(PICTURE if part == "encoder" else LATENT))
+        module = build(part, num_classes, **more)
+    C = more.get("in_channels", LATENT[0])
+    x = torch.empty(1, *(PICTURE if part == "encoder" else (C, *LATENT[1:])))
     y = [torch.zeros(1, dtype=torch.long)] * (part in SiT_models)
+    if "num_times" in more:
+        y.append(torch.zeros(1, more["num_times"]))
     layers, attention = counted(module, x, *y)
     gflops = 2 * torch.tensor([layers, layers + attention], dtype=torch.float64) / 1e9
     return sum(p.numel() for p in module.parameters()), gflops
 
 
-def sampling_cost(model, steps, guided):
+def sphere_encoder_cost(model):
+    """GFLOPs of its encoder and its decoder, here two SiTs on pictures in patches of 16."""
+    channels = SphereEncoder.latent_channels
+    return cost(model, out_channels=channels)[1], cost(model, in_channels=channels)[1]
+
+
+def sampling_cost(model, steps, guided, method="sphere"):
     """GFLOPs of a picture, both ways: the denoiser each step (guided twice), the decoder once."""
-    return steps * (1 + guided) * cost(model)[1] + cost("decoder")[1]
+    if method == "sphere-encoder":
+        encode, decode = sphere_encoder_cost(model)
+        return (1 + guided) * (steps * decode + (steps - 1) * encode)
+    once = cost(model, **METHODS[method].network)[1]
+    return steps * (1 + guided) * once + cost("decoder")[1]
 
 
-def training_cost(model, eq4=False, encoding=False):
-    """GFLOPs of an example, both ways: two views (with Eq. 4 three), forward and twice backward."""
-    return 3 * (2 + eq4) * cost(model)[1] + encoding * cost("encoder")[1]
+def training_cost(model, eq4=False, encoding=False, method="sphere"):
+    """GFLOPs of an example, both ways, forward and twice as much backward.
+
+    sphere: two views (with Eq. 4 three); flow: one; meanflow: one, and another forward for the
+    derivative, in which both factors of attention's products have one (torch.func.jvp multiplies
+    the weights' derivatives, too, which are zeros: a third forward, not counted here);
+    sphere-encoder: two passes of each of its networks.
+    """
+    if method == "sphere-encoder":
+        return 6 * sum(sphere_encoder_cost(model))
+    once = cost(model, **METHODS[method].network)[1]
+    if method == "meanflow":
+        return 4 * once + torch.tensor([0, 1]) * (once[1] - once[0])
+    views = 2 + eq4 if method == "sphere" else 1
+    return 3 * views * once + encoding * cost("encoder")[1]
 
 
 def off(value, said):
@@ -365,6 +391,7 @@ def main(argv=None):
     parser.add_argument("--model", choices=SiT_models, help="one denoiser; if not given SiT-B/1")
     parser.add_argument("--steps", type=number(int, 1), help="denoising steps; if not given 4")
     parser.add_argument("--cfg", action="store_true", help="with guidance: two calls a step")
+    parser.add_argument("--method", choices=METHODS, help="of train.py; if not given sphere")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add = parser.add_argument_group("measuring").add_argument
     add("--bench", action="store_true",
@@ -383,6 +410,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     steps, guided = args.steps or 4, args.cfg
 
+    if args.bench and args.method:
+        raise UserError("--bench measures the sphere: leave out --method")
     if args.bench:
         device = setup(args.device or "auto")[2]
         model, batch, dtype, repeat = "SiT-B/1", 64, "bfloat16", 20
@@ -401,11 +430,11 @@ def main(argv=None):
           or args.compile is not None):
         raise UserError("--batch-size, --repeat, --dtype, --compile, --against and --device are "
                         "for measuring: add --bench")
-    elif args.model or args.steps or guided:
-        model = args.model or "SiT-B/1"
+    elif args.model or args.steps or guided or args.method:
+        model, method = args.model or "SiT-B/1", args.method or "sphere"
         parts = {"the denoiser, once": cost(model)[1], "the decoder, once": cost("decoder")[1],
-                 "a picture": sampling_cost(model, steps, guided),
-                 "an example in training": training_cost(model)}
+                 "a picture": sampling_cost(model, steps, guided, method),
+                 "an example in training": training_cost(model, method=method)}
         found = {"model": model, "parameters": cost(model)[0], "steps": steps, "guided": guided,
                  "NFE": steps * (1 + guided),
                  "rows": [{"what": what, "GFLOPs": flops[0].item(), "whole": flops[1].item()}

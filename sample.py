@@ -200,8 +200,8 @@ def main(argv=None):
              "solver": args.solver}
     given, settings = {k: v for k, v in given.items() if v is not None}, sampling_settings(run)
     if others := given.keys() - settings.keys():
-        raise UserError(f"{', '.join(sorted(others))}: means nothing to --method {run['method']}, "
-                        f"which has {', '.join(METHODS[run['method']].sampling)}")
+        names = sorted("--sampling-noise" if k == "noise" else f"--{k}" for k in others)
+        raise UserError(f"{', '.join(names)}: means nothing to a run of --method {run['method']}")
     settings |= given
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,

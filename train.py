@@ -167,7 +167,8 @@ def parse_args(argv):
     args.epochs = args.epochs or (None if args.steps else preset["epochs"])
     for name in METHODS["sphere"].flags:
         if name not in METHODS[args.method].flags and getattr(args, name) != preset[name]:
-            parser.error(f"--{name.replace('_', '-')} means nothing to --method {args.method}")
+            flag = {"spherify": "no-spherify"}.get(name, name).replace("_", "-")
+            parser.error(f"--{flag} means nothing to --method {args.method}")
     if args.sigma is None:
         args.sigma = args.sigma_scale * sphere.angle_to_sigma(args.alpha_max)
     name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
@@ -250,7 +251,7 @@ class Learner:
         started, n = time.perf_counter(), 2 * self.micro
         network, v = torch.compile(self.parallel, dynamic=False), torch.zeros(n, *latent_shape)
         y, drop = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
-        more = [torch.zeros(n, 1)] * (self.method.num_times > 0)
+        more = [torch.zeros(n, k) for k in self.method.network.values()]     # the times
         try:
             with autocast(self.run["dtype"], self.device):
                 predicted = network(*(t.to(self.device) for t in (v, y, *more)),
@@ -275,8 +276,8 @@ class Learner:
         run, n = self.run, self.run["batch_size"]
         # What is small is drawn for the global batch; then each process takes its part.
         g = keyed_generator("batch", run["seed"], step)
-        if self.method.num_times:
-            levels = self.method.levels(n, run["p_mean"], run["p_std"], generator=g)
+        if self.method.times:
+            levels = self.method.times(n, run["p_mean"], run["p_std"], generator=g)
         else:
             levels = sphere.noise_pair(
                 n, run["noise_dist"], run["p_mean"], run["p_std"], run["alpha_max"],

@@ -233,7 +233,7 @@ def test_a_run_resumed_equals_one_uninterrupted(method, photos, tmp_path):
 
 @pytest.mark.parametrize("message,argv", [
     ("--alpha-max means nothing to --method flow", ["--method", "flow", "--alpha-max", "60"]),
-    ("--spherify means nothing to --method meanflow", ["--method", "meanflow", "--no-spherify"]),
+    ("--no-spherify means nothing to --method meanflow", ["--method", "meanflow", "--no-spherify"]),
     ("--reconstruct means nothing to --method sphere-encoder", ["--method", "sphere-encoder", "--reconstruct", "both"]),
     ("--sigma means nothing to --method flow", ["--method", "flow", "--sigma", "3"]),
     ("works on pictures: not --rae toy", ["--method", "sphere-encoder", "--rae", "toy"]),
@@ -250,7 +250,7 @@ def test_sampling_flags_that_a_method_does_not_know(tmp_path, capsys):
     make_photos(tmp_path / "photos", each=2)
     train.main(train_args(tmp_path, "--steps", "1", "--method", "flow"))
     ckpt = str(tmp_path / "out" / "run" / "ckpt.pt")
-    for flags, name in ((["--gamma", "2"], "gamma"), (["--sigmas", "2"], "sigma"), (["--sampling-noise", "same"], "noise")):
+    for flags, name in ((["--gamma", "2"], "gamma"), (["--sigmas", "2"], "sigma"), (["--sampling-noise", "same"], "sampling-noise")):
         with pytest.raises(SystemExit) as stop:
             sample.main(["--ckpt", ckpt, "--steps", "2", *flags])
-        assert stop.value.code == 1 and f"{name}: means nothing to --method flow" in capsys.readouterr().err
+        assert stop.value.code == 1 and f"--{name}: means nothing to a run of --method flow" in capsys.readouterr().err

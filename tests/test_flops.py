@@ -5,11 +5,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import flops
 import sphere
+from baselines import METHODS, build_network
 from conftest import equal
 from flops import count_macs
 from model import SiT_models
@@ -188,6 +190,26 @@ def test_training_costs_three_times_the_forward(eq4):
     assert close(2 * flops.training_cost("SiT-S/1", eq4)[1].item() * 1e9, torchs_count(step), 0.01)
 
 
+@pytest.mark.parametrize("method", ["flow", "meanflow", "sphere-encoder"])
+def test_what_the_baselines_cost_is_what_torch_counts(method):
+    """Of a step as it runs; MeanFlow's with its derivative. Attention's products count, too."""
+    torch.manual_seed(0)
+    net = build_network(method, "SiT-T/1", (768, 16, 16), 1000)
+    z, y, eps = torch.randn(1, 768, 16, 16), torch.zeros(1, dtype=torch.long), torch.randn(1, 768, 16, 16)
+    levels = [torch.tensor([value]) for value in ((0.7, 0.2) if METHODS[method].times else (3.0, 1.0))]
+
+    def step():
+        with sdpa_kernel(SDPBackend.MATH):                    # torch's counter does not know the CPU's
+            losses, _ = METHODS[method].training_losses(
+                lambda x, y, *more: net(x, y, *more, drop=y > 0), z, y, *levels, eps)
+        sum(losses.values()).backward()
+    expected = flops.training_cost("SiT-T/1", method=method)
+    counted = torchs_count(step)
+    if method == "meanflow":                                  # of zeros: weights have no derivative
+        counted -= flops.cost("SiT-T/1", num_times=2)[1][0].item() * 1e9
+    assert close(expected[1].item() * 1e9, counted, 0.05) and expected[0] < expected[1]
+
+
 def test_training_of_the_papers_runs():
     rows = {row["training"]: row for row in flops.training_table()}
     assert len(rows) == 9
@@ -280,10 +302,10 @@ def test_bench(small, capsys):
 
 
 def test_bench_says_what_went_wrong(small, monkeypatch, capsys):
-    def no_number(denoiser, z, y, *_):
+    def no_number(denoiser, z, y, *_, **__):
         return {"loss": denoiser(torch.cat([z, z]), torch.cat([y, y])).mean() / 0}, (z, z)
 
-    monkeypatch.setattr(sphere, "training_losses", no_number)
+    monkeypatch.setitem(METHODS, "sphere", METHODS["sphere"]._replace(training_losses=no_number))
     for message in ("step 0: the gradient norm is", "out of memory: lower --batch-size"):
         with pytest.raises(SystemExit) as exit:
             flops.main(small)

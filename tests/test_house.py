@@ -9,7 +9,8 @@ import pytest
 
 from conftest import ROOT
 
-FLOORS = [{"common"}, {"sphere", "model", "laptop.toy"}, {"laptop.lite0", "data"}, {"rae"}, {"sample"},
+FLOORS = [{"common"}, {"sphere", "model", "laptop.toy"},
+          {"laptop.lite0", "data", "baselines"}, {"rae"}, {"sample"},
           {"fid"}, {"train"}, {"flops"}]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path

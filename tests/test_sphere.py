@@ -243,3 +243,61 @@ def test_sampling_refuses():
     for wrong in ({"steps": 0}, {"steps": 2, "noise": "none"}, {"steps": 3, "sigma": [1.0]}):
         with pytest.raises(ValueError):
             sphere.sample(Recorder(), (1, 4, 2, 2), y, **wrong)
+
+
+# ---- The paper's alternatives (table 3) ----------------------------------------------------------
+
+def test_without_the_sphere_noise_is_added_and_no_more():
+    z, eps = torch.randn(2, 4, 2, 2, generator=generator()), torch.randn(2, 4, 2, 2, generator=generator(1))
+    hi, lo, y, seen = torch.tensor([3.0, 5.0]), torch.tensor([0.5, 1.0]), torch.arange(2), []
+
+    def denoiser(v, y):
+        seen.append(v)
+        return 0.5 * v
+    eps_lo = eps.flip(0)
+    sphere.training_losses(denoiser, z, y, hi, lo, eps, eps_again=eps, eps_lo=eps_lo, f=sphere.full_precision)
+    z_hi, z_lo = z + hi.view(2, 1, 1, 1) * eps, z + lo.view(2, 1, 1, 1) * eps_lo
+    assert torch.equal(seen[0], torch.cat([z_hi, z_lo]))
+    assert torch.equal(seen[1], 0.5 * z_hi + hi.view(2, 1, 1, 1) * eps)
+    seen.clear()
+    found = sphere.sample(denoiser, z.shape, y, 2, generator=generator(3), sigma=7.0, noise="same",
+                          f=sphere.full_precision)
+    start = torch.randn(z.shape, generator=generator(3))
+    assert torch.equal(seen[0], 7 * start) and torch.equal(seen[1], 3.5 * start + 3.5 * start)
+    assert torch.equal(found, 0.5 * seen[1])
+
+
+def test_forms_of_the_decay():
+    """The noise that a denoiser of zeros sees, before it is projected, is sigma_t itself."""
+    def sigmas(**settings):
+        seen = []
+        sphere.sample(lambda v, y: seen.append(v) or torch.zeros_like(v), (1, 4, 2, 2), torch.zeros(1).long(), 4,
+                      generator=generator(), sigma=2.0, noise="same", f=sphere.full_precision, **settings)
+        return [(v / seen[0]).mean().item() for v in seen[1:]]
+    assert sigmas() == pytest.approx([0.75, 0.5, 0.25])
+    assert sigmas(gamma=2.0) == pytest.approx([0.75 ** 2, 0.5 ** 2, 0.25 ** 2])
+    assert sigmas(gamma=0.7, decay="geometric") == pytest.approx([0.7, 0.7 ** 2, 0.7 ** 3])
+    with pytest.raises(ValueError, match="decay"):
+        sigmas(decay="linear")
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 2.5])
+def test_guidance_by_rotation(w):
+    a, b = (torch.randn(5, 4, 2, 2, generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    found = sphere.guided(b, a, w, "rotation")
+
+    def angle(x, y):
+        return torch.cosine_similarity(x.flatten(1), y.flatten(1)).clamp(-1, 1).acos()
+    assert torch.allclose(found.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1))
+    turned = w * angle(a, b)                                  # from a on, through b; past pi it comes back
+    assert torch.allclose(angle(a, found), torch.minimum(turned, 2 * math.pi - turned), atol=1e-6)
+    in_plane = torch.linalg.matrix_rank(torch.stack([x.flatten(1) for x in (a, b, found)], 1), rtol=1e-9)
+    assert (in_plane == 2).all()
+    if w == 1:
+        assert torch.allclose(found, b)
+    near = a + 1e-4 * b                                       # small angles: the linear form, but for the norm
+    linear, rotated = (sphere.guided(near, a, w, how) for how in ("linear", "rotation"))
+    assert angle(linear, rotated).max() < 1e-6
+    assert torch.allclose(sphere.guided(b, b, w, "rotation"), b)           # nothing to turn away from
+    with pytest.raises(ValueError, match="guidance"):
+        sphere.guided(a, b, w, "slerp")

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import fid
+import sphere
 import train
-from conftest import ROOT, make_photos, relative_l2, train_args
+from baselines import METHODS
+from conftest import ROOT, equal, make_photos, relative_l2, train_args
 from laptop import toy
 
 
@@ -252,3 +254,84 @@ def test_training_on_a_gpu(photos, tmp_path):
     log = [json.loads(line)
            for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+# ---- Table 3's rows ------------------------------------------------------------------------------
+
+def asked_of_the_losses(monkeypatch, tmp_path, *flags):
+    """What a run's second step hands to sphere.training_losses, and what comes back."""
+    seen, method = [], METHODS["sphere"]
+
+    def spy(denoiser, *batch, **more):
+        found = method.training_losses(denoiser, *batch, **more)
+        seen.append((batch, more, {name: value.item() for name, value in found[0].items()}))
+        return found
+    monkeypatch.setitem(METHODS, "sphere", method._replace(training_losses=spy))
+    train.main([*train_args(tmp_path, "--steps", "2", "--lr", "0", "--log-every", "1", *flags),
+                "--out-dir", str(tmp_path / "out" / "-".join(["x", *flags]))])
+    monkeypatch.setitem(METHODS, "sphere", method)
+    line = (tmp_path / "out" / "-".join(["x", *flags]) / "log.jsonl").read_text().splitlines()[1]
+    return *seen[1], json.loads(line)
+
+
+def test_a_flag_changes_what_it_says_and_nothing_else(photos, tmp_path, monkeypatch):
+    def asked(*flags):
+        return asked_of_the_losses(monkeypatch, tmp_path, *flags)
+    base, more, losses, line = asked()
+    assert more == {"reconstruct": "low", "f": sphere.spherify}
+    assert line["loss"] == pytest.approx(losses["reconstruction"] + losses["consistency"])
+    z, y, hi, lo, eps = base
+
+    weighted = asked("--consistency", "0.3")
+    assert equal(weighted[0], base) and weighted[1] == more and weighted[2] == losses
+    assert weighted[3]["loss"] == pytest.approx(losses["reconstruction"] + 0.3 * losses["consistency"])
+    alone = asked("--consistency", "0", "--reconstruct", "both")
+    assert equal(alone[0], base) and alone[1] == {**more, "reconstruct": "both"}
+    assert alone[3]["loss"] == pytest.approx(alone[2]["reconstruction"])
+    again = asked("--latent-consistency", "0.5")
+    assert equal(again[0], base) and again[1].keys() == {*more, "eps_again"}
+    assert again[3]["loss"] == pytest.approx(losses["reconstruction"] + losses["consistency"]
+                                             + 0.5 * again[2]["latent_consistency"])
+    flat = asked("--no-spherify")
+    assert equal(flat[0], base) and flat[1] == {**more, "f": sphere.full_precision}
+    two = asked("--pair-noise", "two")
+    assert equal(two[0], base) and two[1].keys() == {*more, "eps_lo"}
+    assert not torch.equal(two[1]["eps_lo"], eps) and abs(two[1]["eps_lo"].std() - 1) < 0.1
+    for flags in (["--noise-dist", "uniform"], ["--p-mean", "1"], ["--p-std", "2"], ["--alpha-max", "60"],
+                  ["--alpha-mix", "89.5", "--mix-prob", "1"], ["--mix-prob", "1"]):
+        other = asked(*flags)
+        same_flips = "--noise-dist" not in flags              # which draws as many numbers of another kind
+        assert torch.equal(other[0][0], z) or not same_flips
+        assert torch.equal(other[0][1], y) and torch.equal(other[0][4], eps) and other[1] == more
+        assert not torch.equal(other[0][2], hi)
+        assert torch.equal(other[0][3], lo) == ("--mix-prob" in flags)      # it moves the high level alone
+
+
+def test_reconstruction_alone_needs_both_levels(capsys):
+    fails(capsys, 2, "leaves the noisier level without a loss: add --reconstruct both", ["--consistency", "0"])
+
+
+def test_a_run_starts_from_another(trained, tmp_path, capsys):
+    folder = trained.parent.parent
+    first = torch.load(trained / "ckpt.pt", weights_only=True)
+
+    def start(*more):
+        train.main([*train_args(folder, "--ema-decay", "0.995", "0.1", "--init-from", str(trained / "ckpt.pt"),
+                                *more), "--out-dir", str(tmp_path / "on")])
+        return torch.load(tmp_path / "on" / "ckpt.pt", weights_only=True)
+    still = start("--steps", "1", "--lr", "0")
+    assert equal(still["model"], first["model"]) and equal(still["rae"], first["rae"]) and still["step"] == 1
+    d = 0.995                                                 # without the ramp of random weights
+    for name, value in still["ema"]["0.995"].items():
+        assert torch.allclose(value, d * first["ema"]["0.995"][name] + (1 - d) * first["model"][name], atol=1e-7)
+    assert all(state["step"] == 1 for state in still["optimizer"]["state"].values())
+    assert start("--steps", "2", "--lr", "0")["step"] == 2    # resumed, not begun again
+    fails(capsys, 1, "init_from", [*train_args(folder, "--steps", "3", "--lr", "0", "--ema-decay", "0.995", "0.1"),
+                                   "--out-dir", str(tmp_path / "on")])
+    for flags, message in ((["--model", "SiT-S/1"], "has model SiT-T/1, not SiT-S/1"),
+                           (["--rae-patch", "8"], "has rae_patch 16, not 8"),
+                           (["--method", "flow"], "has method sphere, not flow"),
+                           (["--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt")):
+        fails(capsys, 1 if "nowhere" in message else 2, message,
+              [*train_args(folder, "--ema-decay", "0.995", "0.1", "--init-from", str(trained / "ckpt.pt"), *flags),
+               "--out-dir", str(tmp_path / "no")])

@@ -2,8 +2,8 @@
 
 It is the SiT / DiT of Ma et al. 2024 and Peebles & Xie 2023 with one thing taken away: there is no
 timestep. The class alone drives adaLN-Zero; how noisy the input is, the network sees for itself
-(paper, section 4.1); num_times gives the timestep back to what is told it (baselines.py). This file knows nothing of spheres, noise or images: it maps (B, C, H, W) and
-a label to (B, C, H, W).
+(paper, section 4.1). What the paper compares with (baselines.py) gets it back, by num_times. This
+file knows nothing of spheres, noise or images: it maps (B, C, H, W) and a label to (B, C, H, W).
 """
 import numpy as np
 import torch

@@ -394,8 +394,8 @@ ARGS = {"model": str, "dtype": str, "dataset": str, "split": str, "skip_bad": bo
         "rae_patch": int, "sample_steps": int, "ema_decay": list, "pictures": dict,
         "sampling_noise": str, "cfg": (int, float), "gamma": (int, float), "sigma": (int, float)}
 # What came later, and what a run from before did.
-LATER = {"method": "sphere", "flips": True, "consistency": 1.0, "pair_noise": "one", "spherify": True,
-         "init_from": None, "decay": "power", "guidance": "linear"}
+LATER = {"method": "sphere", "flips": True, "consistency": 1.0, "pair_noise": "one",
+         "spherify": True, "init_from": None, "decay": "power", "guidance": "linear"}
 
 
 def load_checkpoint(path):

@@ -56,7 +56,8 @@ def load_denoiser(checkpoint, ema, device):
 
 
 def predict(model, weights, dtype, v, y, *more):
-    """G(v, y), or what else a method asks its network: no label dropped, under autocast. weights: in the place of the model's own."""
+    """G(v, y), or what more a method asks: no label dropped, under autocast. weights: in the place
+    of the model's own."""
     keep = torch.zeros_like(y, dtype=torch.bool)
     with autocast(dtype, v.device):
         return torch.func.functional_call(model, weights, (v, y, *more), {"drop": keep})

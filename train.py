@@ -43,17 +43,17 @@ from sample import draw, picture_grid, predict, sampling_settings
 
 # The paper's (table A). Where its text gives no number the line says so: that default is ours.
 PAPER = dict(
-    method="sphere", rae="dinov2-b", image_size=256, model="SiT-B/1", epochs=500, batch_size=256, lr=1e-4,
-    weight_decay=0.0, ema_decay=[0.9995, 0.9999],       # the second decay is ours, to compare
+    method="sphere", rae="dinov2-b", image_size=256, model="SiT-B/1", epochs=500, batch_size=256,
+    lr=1e-4, weight_decay=0.0, ema_decay=[0.9995, 0.9999],    # the second is ours, to compare
     betas=[0.9, 0.95], dtype="bfloat16",                # not given
     warmup_steps=0, decay_last=0.0, clip=0.0,           # constant rate; a clip is not mentioned
     noise_dist="lognorm", p_mean=0.0, p_std=1.0,        # mean and std not given
     alpha_max=85.0, alpha_mix=89.0, mix_prob=0.2,       # angles not given: Sphere Encoder's code
     reconstruct="low", latent_consistency=0.0, class_dropout_prob=0.1,        # low or both: unclear
-    consistency=1.0, pair_noise="one", spherify=True, init_from=None, decay="power",
-    guidance="linear",
+    consistency=1.0, pair_noise="one", spherify=True, init_from=None,
     flips=True,                                         # not given
-    cfg=1.0, gamma=1.0, sampling_noise="fresh", sample_steps=4,    # gamma, fresh or same: not given
+    cfg=1.0, guidance="linear", gamma=1.0, decay="power", sample_steps=4,
+    sampling_noise="fresh",                             # this, gamma and its form: not given
     sigma=None, sigma_scale=1.0,                        # sampling starts at scale * tan(alpha_max)
     log_every=50, sample_every=2000, save_every=1000, report=500, rae_patch=16)
 PRESETS = {
@@ -74,14 +74,14 @@ DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 
 # A run is resumed with the settings that define it, and the same pictures; its length, its pace and
 # how it samples may change.
-DEFINING = ("method", "seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size", "lr", "betas",
-            "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay", "dtype",
+DEFINING = ("method", "seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size",
+            "lr", "betas", "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay", "dtype",
             "noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "reconstruct",
             "latent_consistency", "class_dropout_prob", "flips", "decoder_steps", "consistency",
             "pair_noise", "spherify", "init_from")
 
 
-def parse_args(argv):
+def build_parser():
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default=DATASET,
@@ -94,7 +94,8 @@ def parse_args(argv):
     add("--image-size", type=number(int, 1, 4096), help="side in pixels: 256 for dinov2-b")
     add("--rae", choices=(*BY_RAE, "pixels"),
         help="the autoencoder; it decides about other defaults, too; pixels: none")
-    add("--rae-patch", type=number(int, 1, 4096), help="pixels to a side of a patch, of toy and pixels")
+    add("--rae-patch", type=number(int, 1, 4096),
+        help="pixels to a side of a patch, of toy and pixels")
     add("--decoder-steps", type=number(int, 1), default=1200,
         help="steps in which the decoder of lite0 is trained first")
     add("--weights-dir", help="folder with the files of dinov2-b; without it: the Hub")
@@ -140,7 +141,7 @@ def parse_args(argv):
         help="compute each block twice: less memory, a third more time")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of everything random")
-    add("--out-dir", help="default: out/<dataset>-<model>")
+    add("--out-dir", help="default: out/<dataset>-<model>, with the method's name if not sphere")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--log-every", type=number(int, 1), help="steps between lines of the log")
     add("--sample-every", type=number(int, 1), help="steps between grids of samples")
@@ -153,10 +154,14 @@ def parse_args(argv):
     add("--sigma", type=number(float, 0), help="where the decay starts; by default it follows "
         "--alpha-max: its tangent, times the preset's sigma_scale")
 
-    first = ArgumentParser(add_help=False)                    # these two decide about the defaults
+    return parser
+
+
+def parse_args(argv):
+    parser, first = build_parser(), ArgumentParser(add_help=False)
+    first.add_argument("--method")                            # these three decide about the defaults
     first.add_argument("--dataset", default=DATASET)
     first.add_argument("--rae")
-    first.add_argument("--method")
     known = first.parse_known_args(argv)[0]
     preset = PRESETS.get(known.dataset) or BY_RAE[RAE_OF_PATH]
     if known.rae != preset["rae"]:
@@ -172,7 +177,8 @@ def parse_args(argv):
     if args.sigma is None:
         args.sigma = args.sigma_scale * sphere.angle_to_sigma(args.alpha_max)
     name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
-    args.out_dir = args.out_dir or f"out/{name}-{args.model.replace('/', '-')}"
+    ending = f"-{args.method}" * (args.method != "sphere")
+    args.out_dir = args.out_dir or f"out/{name}-{args.model.replace('/', '-')}{ending}"
     check_args(parser, args)
     return args
 
@@ -395,10 +401,9 @@ def check_same_run(out, run, before, dataset):
 
 def check_init(path, init, args, dataset):
     """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
-    wanted = {"method": args.method, "model": args.model, "rae": args.rae, "rae_patch": args.rae_patch,
-              "image_size": args.image_size, "ema_decay": args.ema_decay}
-    other = [f"{name} {init['args'].get(name)}, not {value}" for name, value in wanted.items()
-             if init["args"].get(name) != value]
+    names = ("method", "model", "rae", "rae_patch", "image_size", "ema_decay")
+    other = [f"{name} {init['args'].get(name)}, not {getattr(args, name)}" for name in names
+             if init["args"].get(name) != getattr(args, name)]
     if init["classes"] != dataset.classes:
         other.append("other classes")
     if other:
@@ -462,8 +467,8 @@ def log_line(line):
     return (f"step {line['step']} " +
             " ".join(f"{name} {line[name]:.2f}" for name in LOSSES if name in line) +
             f" | by angle 0-22-45-68-90 deg: {angles}" * bool(angles) +
-            f" | gradient {line['grad_norm']:.1f}, {line['images_per_s']:.0f} images/s, waiting {100 * line['waiting']:.1f}%, "
-            f"{line['memory_gb']:.1f} GB")
+            f" | gradient {line['grad_norm']:.1f}, {line['images_per_s']:.0f} images/s, "
+            f"waiting {100 * line['waiting']:.1f}%, {line['memory_gb']:.1f} GB")
 
 
 def write_grid(path, sampler, classes, steps):

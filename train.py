@@ -75,8 +75,8 @@ DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 # A run is resumed with the settings that define it, and the same pictures; its length, its pace and
 # how it samples may change.
 DEFINING = ("method", "seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size",
-            "lr", "betas", "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay", "dtype",
-            "noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "reconstruct",
+            "lr", "betas", "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay",
+            "dtype", "noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "reconstruct",
             "latent_consistency", "class_dropout_prob", "flips", "decoder_steps", "consistency",
             "pair_noise", "spherify", "init_from")
 
@@ -159,7 +159,7 @@ def build_parser():
 
 def parse_args(argv):
     parser, first = build_parser(), ArgumentParser(add_help=False)
-    first.add_argument("--method")                            # these three decide about the defaults
+    first.add_argument("--method")                            # these decide about the defaults
     first.add_argument("--dataset", default=DATASET)
     first.add_argument("--rae")
     known = first.parse_known_args(argv)[0]

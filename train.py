@@ -77,8 +77,8 @@ DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 DEFINING = ("method", "seed", "split", "rae", "rae_patch", "image_size", "model", "batch_size",
             "lr", "betas", "weight_decay", "warmup_steps", "decay_last", "clip", "ema_decay",
             "dtype", "noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob",
-            "reconstruct", "latent_consistency", "class_dropout_prob", "flips", "decoder_steps", "consistency",
-            "pair_noise", "spherify", "init_from")
+            "reconstruct", "latent_consistency", "class_dropout_prob", "flips", "decoder_steps",
+            "consistency", "pair_noise", "spherify", "init_from")
 
 
 def build_parser():

@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -94,12 +95,11 @@ def meanflow_losses(denoiser, z, y, t, r, eps, p=1.0, c=1e-3):
     x = (1 - over_latents(t, z)) * z + over_latents(t, z) * eps
     v = eps - z
 
-    def u(x, t, r):
-        return full_precision(denoiser(x, y, torch.stack([t, t - r], dim=1)))
-
     # Eq. 8: du/dt = v d_x u + d_t u. Attention's fused kernels have no forward derivative.
-    with sdpa_kernel(SDPBackend.MATH):
-        found, du_dt = torch.func.jvp(u, (x, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        x, t_and_dt = forward_ad.make_dual(x, v), forward_ad.make_dual(t, torch.ones_like(t))
+        u = denoiser(x, y, torch.stack([t_and_dt, t_and_dt - r], dim=1))
+        found, du_dt = forward_ad.unpack_dual(full_precision(u))
     target = v - over_latents(t - r, z) * du_dt               # Eq. 10
     error = (found - target.detach()).square().flatten(1)     # (B, L)
     weight = 1 / (error.detach().sum(1) + c) ** p

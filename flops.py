@@ -152,8 +152,8 @@ def training_cost(model, eq4=False, encoding=False, method="sphere"):
     """GFLOPs of an example, both ways, forward and twice as much backward.
 
     sphere: two views (with Eq. 4 three); flow: one; meanflow: one, and another forward for the
-    derivative, in which both factors of attention's products have one (torch.func.jvp multiplies
-    the weights' derivatives, too, which are zeros: a third forward, not counted here);
+    derivative, in which both factors of attention's products have one (torch's counter sees
+    a third forward, products of the weights' derivatives, which are zeros);
     sphere-encoder: two passes of each of its networks.
     """
     if method == "sphere-encoder":

@@ -229,7 +229,8 @@ class Learner:
         for part in self.model.modules():
             if isinstance(part, SiT):
                 part.checkpoint_activations = checkpoint_activations
-        self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
+        self.parallel = (DistributedDataParallel(self.model, broadcast_buffers=False)
+                         if world > 1 else self.model)
         if compiles:
             self.parallel = self.compiled(latent_shape)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]    # not positions

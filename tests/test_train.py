@@ -197,6 +197,11 @@ def test_the_report_ends_a_run(photos, tmp_path, monkeypatch, capsys):
               "--json"])
     again = json.loads(capsys.readouterr().out)
     assert again == json.loads((run / "quality.json").read_text())
+    fid.main([str(run / "ckpt.pt"), "--data-dir", str(tmp_path / "datasets"), "--device", "cpu",
+              "--json", "--steps", "2", "3", "--cfg", "1"])
+    other = json.loads(capsys.readouterr().out)
+    assert [row["pictures"] for row in other[4:]] == ["2 steps", "3 steps"] and other[4] != again[5]
+    assert other[:4] == again[:4] == json.loads((run / "quality.json").read_text())[:4]
     for a, b in zip(again, table):
         assert a == {key: value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
                      for key, value in b.items()}

@@ -263,45 +263,54 @@ def test_training_on_a_gpu(photos, tmp_path):
 
 # ---- Table 3's rows ------------------------------------------------------------------------------
 
-def asked_of_the_losses(monkeypatch, tmp_path, *flags):
-    """What a run's second step hands to sphere.training_losses, and what comes back."""
+class FewLatents:
+    """In the place of a cache of latents: (N, flips, C, h, w)."""
+    latents, labels = torch.randn(20, 2, 8, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+
+    def __len__(self):
+        return 20
+
+    def batch(self, indices, flips):
+        return self.latents[indices, flips], self.labels[indices]
+
+
+def asked_of_the_losses(monkeypatch, *flags):
+    """What a run's second step hands to sphere.training_losses; its losses by name, with the loss."""
     seen, method = [], METHODS["sphere"]
 
     def spy(denoiser, *batch, **more):
-        found = method.training_losses(denoiser, *batch, **more)
-        seen.append((batch, more, {name: value.item() for name, value in found[0].items()}))
-        return found
+        seen.append((batch, more))
+        return method.training_losses(denoiser, *batch, **more)
     monkeypatch.setitem(METHODS, "sphere", method._replace(training_losses=spy))
-    train.main([*train_args(tmp_path, "--steps", "2", "--lr", "0", "--log-every", "1", *flags),
-                "--out-dir", str(tmp_path / "out" / "-".join(["x", *flags]))])
+    learner = train.Learner(vars(train.parse_args(["--batch-size", "8", *flags])), (8, 2, 2), 3, torch.device("cpu"))
+    sums = learner.add_gradients(1, iter([learner.micro_batch(FewLatents(), 1, 0)]), to_log=True)
     monkeypatch.setitem(METHODS, "sphere", method)
-    line = (tmp_path / "out" / "-".join(["x", *flags]) / "log.jsonl").read_text().splitlines()[1]
-    return *seen[1], json.loads(line)
+    return *seen[0], {name: value.item() for name, value in sums.items() if name != "loss_by_angle"}
 
 
-def test_a_flag_changes_what_it_says_and_nothing_else(photos, tmp_path, monkeypatch):
+def test_a_flag_changes_what_it_says_and_nothing_else(monkeypatch):
     def asked(*flags):
-        return asked_of_the_losses(monkeypatch, tmp_path, *flags)
-    base, more, losses, line = asked()
+        return asked_of_the_losses(monkeypatch, *flags)
+    base, more, found = asked()
     assert more == {"reconstruct": "low", "f": sphere.spherify}
-    assert line["loss"] == pytest.approx(losses["reconstruction"] + losses["consistency"])
+    rec, con = found["reconstruction"], found["consistency"]
+    assert found["loss"] == pytest.approx(rec + con) and con > 0.1
     z, y, hi, lo, eps = base
 
     weighted = asked("--consistency", "0.3")
-    assert equal(weighted[0], base) and weighted[1] == more and weighted[2] == losses
-    assert weighted[3]["loss"] == pytest.approx(losses["reconstruction"] + 0.3 * losses["consistency"])
+    assert equal(weighted[0], base) and weighted[1] == more
+    assert weighted[2] == {**found, "loss": pytest.approx(rec + 0.3 * con)}
     alone = asked("--consistency", "0", "--reconstruct", "both")
     assert equal(alone[0], base) and alone[1] == {**more, "reconstruct": "both"}
-    assert alone[3]["loss"] == pytest.approx(alone[2]["reconstruction"])
+    assert alone[2]["loss"] == pytest.approx(alone[2]["reconstruction"])
     again = asked("--latent-consistency", "0.5")
     assert equal(again[0], base) and again[1].keys() == {*more, "eps_again"}
-    assert again[3]["loss"] == pytest.approx(losses["reconstruction"] + losses["consistency"]
-                                             + 0.5 * again[2]["latent_consistency"])
+    assert again[2]["loss"] == pytest.approx(rec + con + 0.5 * again[2]["latent_consistency"])
     flat = asked("--no-spherify")
     assert equal(flat[0], base) and flat[1] == {**more, "f": sphere.full_precision}
     two = asked("--pair-noise", "two")
     assert equal(two[0], base) and two[1].keys() == {*more, "eps_lo"}
-    assert not torch.equal(two[1]["eps_lo"], eps) and abs(two[1]["eps_lo"].std() - 1) < 0.1
+    assert not torch.equal(two[1]["eps_lo"], eps) and abs(two[1]["eps_lo"].std() - 1) < 0.2
     for flags in (["--noise-dist", "uniform"], ["--p-mean", "1"], ["--p-std", "2"], ["--alpha-max", "60"],
                   ["--alpha-mix", "89.5", "--mix-prob", "1"], ["--mix-prob", "1"]):
         other = asked(*flags)

@@ -203,6 +203,8 @@ def main(argv=None):
     if others := given.keys() - settings.keys():
         names = sorted("--sampling-noise" if k == "noise" else f"--{k}" for k in others)
         raise UserError(f"{', '.join(names)}: means nothing to a run of --method {run['method']}")
+    if args.sigmas and not run["spherify"]:
+        raise UserError("--sigmas: without the sphere sampling starts at sigma_max: give --sigma")
     settings |= given
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,

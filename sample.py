@@ -206,6 +206,9 @@ def main(argv=None):
     if args.sigmas and not run["spherify"]:
         raise UserError("--sigmas: without the sphere sampling starts at sigma_max: give --sigma")
     settings |= given
+    if settings.get("decay") == "geometric" and settings["gamma"] > 1:
+        raise UserError(f"--decay geometric: with gamma {settings['gamma']:g} the noise would grow "
+                        "from step to step: give --gamma, 1 or less")
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
               **{k: v for k, v in settings.items() if k != "f"}, "seed": args.seed,

@@ -244,6 +244,15 @@ def test_flags_that_a_method_does_not_know(message, argv, tmp_path, monkeypatch,
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_noise_that_would_grow_is_refused(trained, capsys):
+    ckpt = str(trained / "ckpt.pt")
+    with pytest.raises(SystemExit) as stop:                   # the run's gamma is 1.5
+        sample.main(["--ckpt", ckpt, "--decay", "geometric", "--device", "cpu"])
+    assert stop.value.code and "with gamma 1.5 the noise would grow" in capsys.readouterr().err
+    sample.main(["--ckpt", ckpt, "--decay", "geometric", "--gamma", "0.7", "--guidance", "rotation", "--num", "3",
+                 "--device", "cpu"])
+
+
 def test_sampling_flags_that_a_method_does_not_know(tmp_path, capsys):
     make_photos(tmp_path / "photos", each=2)
     train.main(train_args(tmp_path, "--steps", "1", "--method", "flow"))

@@ -174,6 +174,8 @@ def parse_args(argv):
     folder = (args.out or "").endswith("/") or Path(args.out or "").is_dir()
     if ending not in ("", ".npz", *GRIDS) and not folder:
         parser.error(f"--out {args.out}: a file ends in .npz, {', '.join(GRIDS)}, a folder in /")
+    if args.sigmas and (args.gamma is not None or args.decay):
+        parser.error("--sigmas are the noise as it is: no --gamma and no --decay")
     if args.trajectory and (args.npz or ending == ".npz"):
         parser.error("--trajectory goes into a grid or a folder, not into an npz")
     return args

@@ -170,10 +170,16 @@ def parse_args(argv):
     parser.set_defaults(**{"steps": None, **preset, "epochs": None})
     args = parser.parse_args(argv)
     args.epochs = args.epochs or (None if args.steps else preset["epochs"])
-    for name in METHODS["sphere"].flags:
-        if name not in METHODS[args.method].flags and getattr(args, name) != preset[name]:
-            flag = {"spherify": "no-spherify"}.get(name, name).replace("_", "-")
-            parser.error(f"--{flag} means nothing to --method {args.method}")
+    unused = {name: f"--method {args.method}" for name in METHODS["sphere"].flags
+              if name not in METHODS[args.method].flags}
+    if "noise_dist" not in unused and args.noise_dist != "lognorm":
+        unused |= dict.fromkeys(("p_mean", "p_std"), f"--noise-dist {args.noise_dist}")
+    if "mix_prob" not in unused and not args.mix_prob:
+        unused["alpha_mix"] = "--mix-prob 0"
+    for name, flag in unused.items():
+        if getattr(args, name) != preset[name]:
+            ours = {"spherify": "no-spherify"}.get(name, name).replace("_", "-")
+            parser.error(f"--{ours} means nothing to {flag}")
     if args.sigma is None:
         args.sigma = args.sigma_scale * sphere.angle_to_sigma(args.alpha_max)
     name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
@@ -185,7 +191,7 @@ def parse_args(argv):
 
 def check_args(parser, args):
     """What no flag can tell of itself."""
-    if args.alpha_mix < args.alpha_max:
+    if args.alpha_mix < args.alpha_max and args.mix_prob:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: "
                      "the mix is harder")
     if args.method == "sphere-encoder" and args.rae != "pixels":

@@ -119,6 +119,7 @@ def test_captions_follow_the_classes():
     (2, "--classes 3: there is no such class", ["--classes", "3"]),
     (2, "--ema 0.5 is not in this checkpoint: it has 0.995, 0.1 and raw", ["--ema", "0.5"]),
     (2, "--sigmas has 2 values: give 4, one for each re-noising of 5 steps", ["--steps", "5", "--sigmas", "1", "2"]),
+    (2, "no --gamma and no --decay", ["--steps", "2", "--sigmas", "2", "--gamma", "1"]),
     (2, "not allowed with argument --sigma", ["--steps", "2", "--sigma", "1", "--sigmas", "2"]),
     (2, "unrecognized arguments: --step", ["--step", "4"]),
     (2, "--trajectory goes into a grid or a folder", ["--trajectory", "--out", "steps.npz"]),

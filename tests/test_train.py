@@ -224,6 +224,8 @@ def test_a_report_that_cannot_be_made_fails_no_run(tmp_path, capsys):
     ("--batch-size 7 does not divide into", ["--batch-size", "7", "--accumulate", "2"]),
     ("--image-size 50 is not a multiple of", ["--image-size", "50"]),
     ("--alpha-mix 70 is below --alpha-max 75", ["--alpha-mix", "70"]),
+    ("--p-mean means nothing to --noise-dist uniform", ["--noise-dist", "uniform", "--p-mean", "1"]),
+    ("--alpha-mix means nothing to --mix-prob 0", ["--mix-prob", "0", "--alpha-mix", "80"]),
     ("--lr: must be 0 or more, not nan", ["--lr", "nan"]),
     ("--device teapot cannot be used here", ["--device", "teapot"]),
 ])

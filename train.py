@@ -110,7 +110,8 @@ def build_parser():
         help="how noise levels are drawn")
     add("--p-mean", type=number(float), help="mean of lognorm, before the sigmoid")
     add("--p-std", type=number(float, 0), help="standard deviation of lognorm, before the sigmoid")
-    add("--alpha-max", type=number(float, 1, 89.9), help="largest noise angle, degrees")
+    add("--alpha-max", type=number(float, 1, 89.9),
+        help="largest noise angle, degrees; for other latents try arctan(sqrt(L) / 8)")
     add("--alpha-mix", type=number(float, 1, 89.9),
         help="largest noise angle of the harder range mixed in, degrees")
     add("--mix-prob", type=number(float, 0, 1), help="share of examples from the harder range")

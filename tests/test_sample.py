@@ -85,12 +85,12 @@ def test_every_setting_changes_the_picture(trained, tmp_path):
 
 def test_sigma_is_the_start_of_the_decay_and_sigmas_are_what_is_added(trained, tmp_path):
     def draw(*more):
-        return pictures(trained, tmp_path / "s.npz", "--num", "3", "--gamma", "1", *more)["arr_0"]
-    assert np.array_equal(draw("--steps", "2", "--sigma", "3"),
+        return pictures(trained, tmp_path / "s.npz", "--num", "3", *more)["arr_0"]
+    assert np.array_equal(draw("--steps", "2", "--gamma", "1", "--sigma", "3"),
                           draw("--steps", "2", "--sigmas", "1.5"))
-    assert np.array_equal(draw("--steps", "4", "--sigma", "2"),
+    assert np.array_equal(draw("--steps", "4", "--gamma", "1", "--sigma", "2"),
                           draw("--steps", "4", "--sigmas", "1.5", "1", "0.5"))
-    assert not np.array_equal(draw("--steps", "2", "--sigma", "3"),
+    assert not np.array_equal(draw("--steps", "2", "--gamma", "1", "--sigma", "3"),
                               draw("--steps", "2", "--sigmas", "3"))
 
 

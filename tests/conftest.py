@@ -1,4 +1,9 @@
 import hashlib
+import importlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +54,38 @@ def train_args(folder, *more):
             "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"),
             "--log-every", "2",
             "--sample-every", "1000", "--save-every", "1000", "--report", "0", *more]
+
+
+def forked(target, *args):
+    """-> a process, not started yet. The server that forks it has imported torch once for all, on one thread."""
+    os.environ["OMP_NUM_THREADS"], before = "1", os.environ.get("OMP_NUM_THREADS")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["conftest", "train"])
+    multiprocessing.forkserver.ensure_running()
+    os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    return server.Process(target=target, args=args)
+
+
+def main_of_rank(script, argv, out, environment):
+    os.environ.update(environment)
+    with open(out, "w") as sys.stdout:
+        importlib.import_module(script).main(argv)
+
+
+def two_processes(script, argv, folder):
+    """`torchrun --nproc-per-node 2 SCRIPT.py ARGV`, without the seconds of its three imports of torch.
+    -> what process 0 prints."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = [forked(main_of_rank, script, list(map(str, argv)), folder / f"stdout-{rank}",
+                        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return (folder / "stdout-0").read_text()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,7 +22,7 @@ import flops
 import rae
 import sample
 import train
-from conftest import ROOT, equal, make_photos, train_args
+from conftest import ROOT, equal, forked, make_photos, train_args
 from laptop import toy
 
 # Twenty steps, made before these checks; most tensors are one column, repeated, to be small.
@@ -377,10 +376,8 @@ def stopped(folder, photos, kinds):
     folder.mkdir()
     (folder / "photos").symlink_to(photos)
     run, rng, step = folder / "out" / "run", random.Random(0), 0
-    server = multiprocessing.get_context("forkserver")        # it imports torch once for all
-    server.set_forkserver_preload(["train"])
     for kind in kinds:
-        process = server.Process(target=with_stderr, args=(folder / "err", train_args(folder, *STEPS)))
+        process = forked(with_stderr, folder / "err", train_args(folder, *STEPS))
         process.start()
         deadline, log = time.time() + 60, []
         while time.time() < deadline and process.is_alive():
@@ -400,9 +397,8 @@ def stopped(folder, photos, kinds):
     return folder
 
 
-def test_killed_and_stopped_runs_end_in_the_same_bits(photos, tmp_path, monkeypatch):
+def test_killed_and_stopped_runs_end_in_the_same_bits(photos, tmp_path):
     """kill -9 loses what came after the last save; SIGTERM saves, and ends with 143."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(stopped, (tmp_path / "first", tmp_path / "second"), (photos, photos),
                                  ([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL],

@@ -1,8 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ import fid
 import sphere
 import train
 from baselines import METHODS
-from conftest import ROOT, equal, make_photos, relative_l2, train_args
+from conftest import equal, make_photos, relative_l2, train_args, two_processes
 from laptop import toy
 
 
@@ -24,10 +21,6 @@ def log_of(folder):
     return [json.loads(line) for line in lines]
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
     runs = {}
     for name in ("one", "two", "accumulated"):
@@ -36,11 +29,7 @@ def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
         (runs[name] / "photos").symlink_to(photos)
     more = ("--steps", "20", "--latent-consistency", "0.5", "--log-every", "20", "--p-mean", "-0.4",
             "--p-std", "0.9")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                "2"]
-    subprocess.run([*torchrun, str(ROOT / "train.py"), *train_args(runs["two"], *more)],
-                   env=environment(), check=True,
-                   capture_output=True, timeout=120)
+    two_processes("train", train_args(runs["two"], *more), tmp_path)
     train.main(train_args(runs["one"], *more))
     train.main(train_args(runs["accumulated"], *more, "--accumulate", "2"))
     one = load(runs["one"])

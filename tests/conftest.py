@@ -1,7 +1,6 @@
 import hashlib
 import importlib
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -57,35 +56,45 @@ def train_args(folder, *more):
 
 
 def forked(target, *args):
-    """-> a process, not started yet. The server that forks it has imported torch once for all, on one thread."""
-    os.environ["OMP_NUM_THREADS"], before = "1", os.environ.get("OMP_NUM_THREADS")
+    """-> a process on one thread, not started yet. What forks it has imported torch once for all."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["conftest", "train"])
-    multiprocessing.forkserver.ensure_running()
-    os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    return server.Process(target=target, args=args)
+    return server.Process(target=on_one_thread, args=(target, *args))
 
 
-def main_of_rank(script, argv, out, environment):
+def on_one_thread(target, *args):
+    torch.set_num_threads(1)
+    target(*args)
+
+
+def main_of_rank(script, argv, folder, environment):
     os.environ.update(environment)
-    with open(out, "w") as sys.stdout:
-        importlib.import_module(script).main(argv)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder / f"{name}-{environment['RANK']}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, number)
+    importlib.import_module(script).main(argv)
 
 
-def two_processes(script, argv, folder):
+def start_two(script, argv, folder):
     """`torchrun --nproc-per-node 2 SCRIPT.py ARGV`, without the seconds of its three imports of torch.
-    -> what process 0 prints."""
+    -> the processes, which write into folder/stdout-0, -1, stderr-0, -1."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    processes = [forked(main_of_rank, script, list(map(str, argv)), folder / f"stdout-{rank}",
+    processes = [forked(main_of_rank, script, list(map(str, argv)), folder,
                         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]
     for process in processes:
         process.start()
+    return processes
+
+
+def two_processes(script, argv, folder):
+    """-> exit status of each, what process 0 printed, what both wrote to stderr."""
+    processes = start_two(script, argv, folder)
     for process in processes:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    return (folder / "stdout-0").read_text()
+    return ([process.exitcode for process in processes], (folder / "stdout-0").read_text(),
+            "".join((folder / f"stderr-{rank}").read_text() for rank in (0, 1)))
 
 
 @pytest.fixture

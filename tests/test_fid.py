@@ -519,8 +519,10 @@ def test_two_processes_give_the_same_number(weights_file, tmp_path, capsys):
     save_npz(tmp_path / "b.npz", 5, seed=1)
     argv = [tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "fid,is,pr", "--batch-size", 3,
             "--inception-weights", weights_file]
-    two = json.loads(two_processes("fid", [*argv, "--json", "--device", "cpu"], tmp_path))
+    status, two, _ = two_processes("fid", [*argv, "--json", "--device", "cpu"], tmp_path)
+    assert status == [0, 0]
     one = result(argv, capsys)
+    two = json.loads(two)
     assert two["recipe"]["where"] == "2 x cpu"
     assert two["numbers"] == pytest.approx(one["numbers"], rel=1e-5)
 

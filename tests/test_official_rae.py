@@ -318,7 +318,7 @@ def test_the_papers_run_from_end_to_end(weights, server, tmp_path, capsys):
     driver = [str(tmp_path / "driver.py"), str(ROOT), changed, *arguments]
     found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                             "--nproc-per-node", "2", *driver,
-                            "--steps", "2"], env=environment, capture_output=True, text=True,
+                            "--steps", "2", "--report", "4"], env=environment, capture_output=True, text=True,
                            timeout=120)
     assert found.returncode == 0, found.stderr
     assert "encoded 12 pictures" in found.stdout and "in each of 2 processes" in found.stdout

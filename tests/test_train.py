@@ -29,7 +29,7 @@ def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
         (runs[name] / "photos").symlink_to(photos)
     more = ("--steps", "20", "--latent-consistency", "0.5", "--log-every", "20", "--p-mean", "-0.4",
             "--p-std", "0.9")
-    two_processes("train", train_args(runs["two"], *more), tmp_path)
+    assert two_processes("train", train_args(runs["two"], *more), tmp_path)[0] == [0, 0]
     train.main(train_args(runs["one"], *more))
     train.main(train_args(runs["accumulated"], *more, "--accumulate", "2"))
     one = load(runs["one"])

@@ -59,7 +59,7 @@ def forked(target, *args):
     """-> a process on one thread, not started yet. What forks it has imported torch once for all."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["conftest", "train"])
-    return server.Process(target=on_one_thread, args=(target, *args))
+    return server.Process(target=on_one_thread, args=(target, *args), daemon=True)
 
 
 def on_one_thread(target, *args):

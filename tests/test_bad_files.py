@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import fid
 import flops
 import rae
@@ -344,8 +345,16 @@ def test_a_state_is_judged_before_it_replaces_a_good_one(photos, tmp_path):
     assert (run / "ckpt.pt").read_bytes() == before
 
 
+def test_what_is_not_finite_is_named():
+    inf = float("inf")
+    for bad in ([1, float("nan")], [inf], [inf, -inf], [3e38] * 4 + [inf]):
+        assert common.first_not_finite({"a": torch.ones(2), "b": {"c": torch.tensor(bad)}}) == "b c"
+    fine = {"overflow": torch.tensor([3e38] * 4), "half": torch.tensor([6e4] * 9).half(), "step": torch.tensor(3),
+            "flag": torch.tensor([True]), "empty": torch.zeros(0), "text": "nan"}
+    assert common.first_not_finite(fine) is None
+
+
 def test_temporary_files_of_the_dead_are_swept(tmp_path):
-    import common
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     ours = common.part_of(tmp_path / "a").name
@@ -439,8 +448,8 @@ def test_two_processes_stop_together(photos, tmp_path):
 
 def test_one_process_speaks_for_all(tmp_path, monkeypatch):
     status, _, said = two_processes("train", ["--dataset", "/nowhere"], tmp_path)
-    lines = said.splitlines()
-    assert status == [1, 1] and len(lines) == 1 and "/nowhere does not exist" in lines[0]
+    assert status == [1, 1] and "Traceback" not in said       # torch warns of a lost peer, at times
+    assert said.count("error: ") == said.count("/nowhere does not exist") == 1
     monkeypatch.setenv("RANK", "1")
     assert ends(train.main, ["--stepps", "2"]) == (2, [])     # process 0 says it
 
@@ -459,12 +468,11 @@ def test_a_closed_pipe_and_a_full_output():
 
 
 def test_no_memory_is_one_line():
-    from common import explain
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ..."),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
-        text, status = explain(error)
+        text, status = common.explain(error)
         assert status == 1 and "--batch-size" in text and "--accumulate" in text
-    assert explain(RuntimeError("a bug"))[0] is None
+    assert common.explain(RuntimeError("a bug"))[0] is None
 
 
 # ---- Fuzz ----------------------------------------------------------------------------------------

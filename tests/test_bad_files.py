@@ -439,7 +439,7 @@ def test_two_processes_stop_together(photos, tmp_path):
     for process in processes:
         process.terminate()
     for process in processes:
-        process.join()
+        process.join(60)
         assert process.exitcode == 143
     said = (tmp_path / "stderr-0").read_text() + (tmp_path / "stderr-1").read_text()
     assert said.count("and saved: the same command resumes it") == 1 and "RuntimeError" not in said

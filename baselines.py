@@ -1,13 +1,13 @@
-"""What the paper compares itself with: other objectives for the same network on the same latents.
+"""What the paper compares itself with, and its own alternatives (Table 3).
 
     python train.py --method flow                       # SiT: flow matching
     python train.py --method meanflow                   # MeanFlow: average velocities
     python train.py --method sphere-encoder --rae pixels        # Sphere Encoder, on pictures
+    python train.py --noise-dist uniform, --reconstruct both, --no-spherify           # Table 3
 
 Each method is two functions of tensors like sphere.py's: training_losses, from a denoiser and a
-batch, and sample. METHODS, at the end, is what train.py and sample.py choose from.
+batch, and sample. METHODS and NOISE, at the end, are what train.py and sample.py choose from.
 """
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -19,10 +19,103 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sphere
-from model import SiT_models
-from sphere import add_noise, full_precision, l1_and_cosine, spherify
+from model import SiT, SiT_models
+from sphere import (add_noise, distance, fresh_noise, full_precision, guided, over_latents,
+                    spherify)
+
+# ---- Table 3: other noise levels -----------------------------------------------------------------
+
+
+def uniform_pair(n, alpha_max_deg, alpha_mix_deg, mix_prob, generator=None):
+    """As sphere.noise_pair, with r_a, r_b ~ U[0, 1]."""
+    r_a, r_b = (torch.rand(n, generator=generator) for _ in range(2))
+    return sphere.mixed(torch.maximum(r_a, r_b), torch.minimum(r_a, r_b), alpha_max_deg,
+                        alpha_mix_deg, mix_prob, generator)
+
+
+def stratified_pair(n, alpha_max_deg, alpha_mix_deg, mix_prob, generator=None):
+    """Sphere Encoder's: r_hi ~ U[0, 1], one from each n-th of it; r_lo = r_hi * U[0, 0.5]."""
+    r_hi = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    r_lo = r_hi * 0.5 * torch.rand(n, generator=generator)
+    return sphere.mixed(r_hi, r_lo, alpha_max_deg, alpha_mix_deg, mix_prob, generator)
+
+
+# ---- Table 3: Eq. 2 on both levels; no sphere ----------------------------------------------------
+
+def on_both_levels(training_losses, denoiser, z, *batch):
+    """training_losses with Eq. 2 as the mean over both predictions."""
+    losses, (z_hi, z_lo) = training_losses(denoiser, z, *batch)
+    losses["reconstruction"] = (losses["reconstruction"] + sphere.reconstruction_loss(z_hi, z)) / 2
+    return losses, (z_hi, z_lo)
+
+
+def flat_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, eps_again=None):
+    """As sphere.training_losses, with the identity in the place of f."""
+    noisy = torch.cat([z + over_latents(sigma, z) * eps for sigma in (sigma_hi, sigma_lo)])
+    z_hi, z_lo = denoiser(noisy, torch.cat([y, y])).chunk(2)
+    losses = {"reconstruction": sphere.reconstruction_loss(z_lo, z),
+              "consistency": sphere.consistency_loss(z_hi, z_lo)}
+    if eps_again is not None:
+        again = denoiser(full_precision(z_hi) + over_latents(sigma_hi, z) * eps_again, y)
+        losses["latent_consistency"] = distance(again, z_hi, *sphere.LATENT_CONSISTENCY).mean()
+    return losses, (z_hi, z_lo)
+
+
+@torch.no_grad()
+def flat_sample(denoiser, shape, y, steps, cfg_scale=1.0, sigma=sphere.decay(), noise=None,
+                null_class=None, trajectory=None):
+    """As sphere.sample, with the identity in the place of f. Without it the network sees lengths,
+    so line 2 draws noise of the length that it knows, sigma(0, T) (our reading)."""
+    noise = fresh_noise(shape, device=y.device) if noise is None else noise
+    z = sigma(0, steps) * next(noise)
+    for t in range(1, steps + 1):
+        z_hat = guided(denoiser, z, y, cfg_scale, null_class)
+        if trajectory is not None:
+            trajectory.append(z_hat)
+        if t < steps:
+            z = z_hat + sigma(t, steps) * next(noise)
+    return z_hat
+
 
 # ---- Time, for flow matching and MeanFlow: 0 is the latent z, 1 is noise -------------------------
+
+class TimedSiT(SiT):
+    """SiT that is told num_times times: forward(x, y, times), times (B, num_times) in [0, 1]."""
+
+    def __init__(self, num_times, **sizes):
+        self.num_times = num_times
+        super().__init__(**sizes)
+
+    def initialize_weights(self):
+        hidden_size = self.y_embedder.embedding_dim
+        self.t_embedders = nn.ModuleList(TimestepEmbedder(hidden_size)
+                                         for _ in range(self.num_times))
+        super().initialize_weights()
+        for embedder in self.t_embedders:
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+
+    def condition(self, y, times):
+        c = self.y_embedder(y)                                           # (B, D)
+        for embed, t in zip(self.t_embedders, times.unbind(1), strict=True):
+            c = c + embed(t)
+        return c
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, D). As in SiT t is not multiplied by 1,000, as it is in DiT: MeanFlow
+    differentiates by it."""
+
+    def __init__(self, hidden_size, frequencies=128):
+        super().__init__()
+        self.register_buffer("omega", 10000.0 ** (-torch.arange(frequencies) / frequencies),
+                             persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, hidden_size), nn.SiLU(),
+                                 nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        angle = t.unsqueeze(1) * self.omega
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
 def times(n, p_mean=0.0, p_std=1.0, r_equals_t=0.75, generator=None):
@@ -36,18 +129,13 @@ def times(n, p_mean=0.0, p_std=1.0, r_equals_t=0.75, generator=None):
     return torch.where(one, a, torch.maximum(a, b)), torch.where(one, a, torch.minimum(a, b))
 
 
-def over_latents(t, z):
-    return t.view(-1, *[1] * (z.ndim - 1))                    # (B,) -> (B, 1, 1, 1)
-
-
 def velocity(denoiser, x, y, at, cfg_scale, null_class):
     """The network at the times `at`, one or two numbers, with guidance in one call: float32."""
-    at = torch.tensor(at, device=x.device).expand(len(x), -1)               # (B, num_times)
-    if cfg_scale == 1:
-        return full_precision(denoiser(x, y, at))
-    both = denoiser(x.repeat(2, 1, 1, 1), torch.cat([y, torch.full_like(y, null_class)]),
-                    at.repeat(2, 1))
-    return sphere.guided(*full_precision(both).chunk(2), cfg_scale)
+    at = torch.tensor(at, device=x.device)
+
+    def told(x, y):
+        return denoiser(x, y, at.expand(len(x), -1))          # (B, num_times)
+    return guided(told, x, y, cfg_scale, null_class)
 
 
 # ---- Flow matching: SiT, Ma et al. 2024, arXiv 2401.08740 ----------------------------------------
@@ -63,15 +151,15 @@ def flow_losses(denoiser, z, y, t, r, eps):
 
 
 @torch.no_grad()
-def flow_sample(denoiser, shape, y, steps, cfg_scale=1.0, solver="euler", generator=None,
-                null_class=None, trajectory=None, together=True):
+def flow_sample(denoiser, shape, y, steps, cfg_scale=1.0, noise=None, null_class=None,
+                trajectory=None, solver="euler"):
     """dx = v dt from noise at t = 1 to t = 0 in equal steps -> z. Arguments as sphere.sample's.
 
     solver: "euler", or "heun", which calls the network twice a step.
     """
     if steps < 1 or solver not in ("euler", "heun"):
         raise ValueError(f"{steps} steps of {solver!r}: take 1 or more, of 'euler' or 'heun'")
-    x = sphere.draw_noise(shape, generator, y.device)
+    x = next(noise or fresh_noise(shape, device=y.device))
     for i in range(steps):
         t, r = 1 - i / steps, 1 - (i + 1) / steps
         v = velocity(denoiser, x, y, [t], cfg_scale, null_class)
@@ -108,15 +196,15 @@ def meanflow_losses(denoiser, z, y, t, r, eps, p=1.0, c=1e-3):
 
 
 @torch.no_grad()
-def meanflow_sample(denoiser, shape, y, steps, cfg_scale=1.0, generator=None, null_class=None,
-                    trajectory=None, together=True):
+def meanflow_sample(denoiser, shape, y, steps, cfg_scale=1.0, noise=None, null_class=None,
+                    trajectory=None):
     """x_r = x_t - (t - r) u(x_t, t, t - r) (Eq. 12) in equal steps -> z. As sphere.sample.
 
     Guidance extrapolates average velocities; the paper's own trains it in.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    x = sphere.draw_noise(shape, generator, y.device)
+    x = next(noise or fresh_noise(shape, device=y.device))
     for i in range(steps):
         t, r = 1 - i / steps, 1 - (i + 1) / steps
         x = x - (t - r) * velocity(denoiser, x, y, [t, t - r], cfg_scale, null_class)
@@ -132,11 +220,11 @@ class SphereEncoder(nn.Module):
 
     latent_channels = 96                                      # or C, if that is less
 
-    def __init__(self, SiT, in_channels):
+    def __init__(self, in_channels, **sizes):
         super().__init__()
         latent_channels = min(in_channels, self.latent_channels)
-        self.encoder = SiT(in_channels=in_channels, out_channels=latent_channels)
-        self.decoder = SiT(in_channels=latent_channels, out_channels=in_channels)
+        self.encoder = SiT(in_channels=in_channels, out_channels=latent_channels, **sizes)
+        self.decoder = SiT(in_channels=latent_channels, out_channels=in_channels, **sizes)
 
     def forward(self, x, y, part="encoder", drop=None):
         return getattr(self, part)(x, y, drop=drop)
@@ -154,27 +242,29 @@ def sphere_encoder_losses(denoiser, x, y, sigma_hi, sigma_lo, eps):
     noisy = torch.cat([add_noise(v, sigma_hi, eps), add_noise(v, sigma_lo, eps)])
     x_hi, x_lo = full_precision(denoiser(noisy, torch.cat([y, y]), "decoder")).chunk(2)
     again = denoiser(x_hi, y, "encoder")
-    return {"reconstruction": 50 * F.smooth_l1_loss(x_lo, x),
-            "consistency": 25 * F.smooth_l1_loss(x_hi, x_lo.detach()),
-            "latent_again": l1_and_cosine(again, z.detach())[1].mean()}, ()
+    return {"reconstruction": sphere.RECONSTRUCTION[0] * F.smooth_l1_loss(x_lo, x),
+            "consistency": sphere.CONSISTENCY[0] * F.smooth_l1_loss(x_hi, x_lo.detach()),
+            "latent_again": distance(again, z.detach(), *sphere.LATENT_CONSISTENCY).mean()}, ()
 
 
-def sphere_encoder_sample(denoiser, shape, y, steps, cfg_scale=1.0, generator=None, null_class=None,
-                          trajectory=None, together=True, **settings):
+def sphere_encoder_sample(denoiser, shape, y, steps, cfg_scale=1.0, sigma=sphere.decay(),
+                          noise=None, null_class=None, trajectory=None):
     """Decode, encode, add less noise: Algorithm 1 with G = encode(decode(.)), which ends before
-    the last encoding -> pictures in patches. settings: as sphere.sample's."""
+    the last encoding -> pictures in patches. Arguments as sphere.sample's."""
     pictures = []
 
     def encode_decoded(v, y):
         decoded = full_precision(denoiser(v, y, "decoder"))
-        x = decoded if cfg_scale == 1 else sphere.guided(*decoded.chunk(2), cfg_scale)
-        pictures.append(x)
+        picture = decoded
+        if cfg_scale != 1:
+            x, x_null = decoded.chunk(2)
+            picture = x_null + cfg_scale * (x - x_null)
+        pictures.append(picture)
         return v if len(pictures) == steps else denoiser(decoded, y, "encoder")
 
-    noise = (sphere.draw_noise(shape, generator, y.device)[:, :SphereEncoder.latent_channels]
-             for _ in itertools.count())
-    sphere.sample(encode_decoded, shape, y, steps, cfg_scale, generator=noise,
-                  null_class=null_class, together=True, **settings)
+    noise = fresh_noise(shape, device=y.device) if noise is None else noise
+    sphere.sample(encode_decoded, shape, y, steps, cfg_scale, sigma,
+                  (eps[:, :SphereEncoder.latent_channels] for eps in noise), null_class)
     if trajectory is not None:
         trajectory.extend(pictures)
     return pictures[-1]
@@ -183,36 +273,52 @@ def sphere_encoder_sample(denoiser, shape, y, steps, cfg_scale=1.0, generator=No
 # ---- Which there are -----------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """flags: settings of a run that it knows, of those which not all do; sampling: those of its
-    sampler; network: what its SiT has more than the paper's; times: in the place of
-    sphere.noise_pair."""
+    """A way to train and to sample. flags: settings that it knows, of those which not all do."""
     training_losses: Callable
     sample: Callable
     flags: tuple
-    sampling: tuple
-    network: dict = {}
-    times: Callable = None
+    sampling: tuple                                           # what its sampler is told
+    network: dict = {}                                        # in what it differs from SiT
+    times: Callable = None                                    # in the place of noise levels
 
 
 OF_SPHERE = ("noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "consistency",
              "sigma", "sampling_noise")
 METHODS = {
     "sphere": Method(sphere.training_losses, sphere.sample,
-                     (*OF_SPHERE, "reconstruct", "latent_consistency", "pair_noise", "spherify"),
-                     ("cfg_scale", "gamma", "noise", "sigma", "decay", "guidance", "f")),
+                     (*OF_SPHERE, "reconstruct", "latent_consistency", "spherify"),
+                     ("cfg_scale", "gamma", "noise", "sigma")),
     "flow": Method(flow_losses, flow_sample, ("p_mean", "p_std"), ("cfg_scale", "solver"),
-                   {"num_times": 1}, partial(times, r_equals_t=1.0)),
+                   {"kind": TimedSiT, "num_times": 1}, partial(times, r_equals_t=1.0)),
     "meanflow": Method(meanflow_losses, meanflow_sample, ("p_mean", "p_std"), ("cfg_scale",),
-                       {"num_times": 2}, times),
+                       {"kind": TimedSiT, "num_times": 2}, times),
     "sphere-encoder": Method(sphere_encoder_losses, sphere_encoder_sample, OF_SPHERE,
-                             ("cfg_scale", "gamma", "noise", "sigma", "decay")),
+                             ("cfg_scale", "gamma", "noise", "sigma"), {"kind": SphereEncoder}),
 }
+
+
+class Noise(NamedTuple):
+    """How the two levels of sphere.training_losses are drawn. flags: as of Method."""
+    pair: Callable
+    flags: tuple = ()
+
+
+NOISE = {"lognorm": Noise(sphere.noise_pair, ("p_mean", "p_std")),
+         "uniform": Noise(uniform_pair), "sphere-encoder": Noise(stratified_pair)}
+
+
+def variant(method, spherify=True, reconstruct="low"):
+    """The method of this name, or what Table 3 makes of the sphere's."""
+    found = METHODS[method]
+    if not spherify:
+        found = found._replace(training_losses=flat_losses, sample=flat_sample)
+    if reconstruct == "both":
+        found = found._replace(training_losses=partial(on_both_levels, found.training_losses))
+    return found
 
 
 def build_network(method, model, latent_shape, num_classes):
     """The network of a method, new. latent_shape: (C, H, W)."""
     C, side, _ = latent_shape
-    SiT = partial(SiT_models[model], input_size=side, num_classes=num_classes)
-    if method == "sphere-encoder":
-        return SphereEncoder(SiT, C)
-    return SiT(in_channels=C, **METHODS[method].network)
+    return SiT_models[model](input_size=side, in_channels=C, num_classes=num_classes,
+                             **METHODS[method].network)

@@ -8,40 +8,26 @@
 
 A data set has `name`, `classes` (names, the index is the label), `labels` (N,), `recipe` (what
 makes its pixels; the cache of latents is named by it) and `load(indices)` -> uint8 (b, 3, S, S).
+One's own: class folders, InMemory, any object with these, or another entry of DATASETS.
 """
-import contextlib
 import hashlib
-import http.client
-import json
 import os
 import re
-import shutil
-import ssl
-import stat
-import tarfile
-import time
-import urllib.error
-import urllib.request
-import warnings
-import zipfile
-import zlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import PIL
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from common import (UserError, file_hash, free_bytes, hash_of, one_line, part_of, printable, say,
-                    sweep, verify, write_whole)
-from laptop.toy import ToyFlowers  # laptop
-
-# The data sets that have a name, and the side in pixels that training and scoring bring them to.
-IMAGE_SIZE = {"flowers": 256, "animal-faces": 256, "imagenet": 256}
-IMAGE_SIZE["toy"] = 60  # laptop
+from laptop import toy  # laptop
+from utils.cli import UserError, one_line, printable
+from utils.files import download, unpack
+from utils.images import (contents, count_of, is_hidden, labels_of_json, picture_files,
+                          read_picture, refuse_what_are_no_classes, to_tensor)
+from utils.processes import say
 
 
 def load_dataset(name, image_size, min_side=1, root="datasets", split="all", skip_bad=False):
@@ -52,26 +38,22 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     error, or with skip_bad left out and counted.
     """
     name, root = str(name), Path(root)
-    if split != "all" and name != "flowers":
+    known = DATASETS.get(name, DataSet())
+    if split != "all" and not known.has_splits:
         raise UserError(f"--split {split}: only flowers has splits, {name} has one")
-    if name in IMAGE_SIZE and os.path.isdir(name):
+    if name in DATASETS and os.path.isdir(name):
         say(f"note: {name} is the data set of this name, not the folder beside: write ./{name}")
-    if name == "toy":  # laptop
-        return ToyFlowers(image_size)  # laptop
-    crop = adm_crop if name == "imagenet" else centre_crop
-    if name == "flowers":
-        found = oxford_flowers(root / name, split)
-    elif name == "animal-faces":
-        found = animal_faces(root / name)
-    elif name == "imagenet":
-        found = imagenet(root / name)
+    if known.make:
+        return known.make(image_size)
+    if known.find:
+        found = known.find(root / name, split)
     elif os.path.exists(name) or os.sep in name:
         found = class_folders(Path(name))
         name = printable(Path(os.path.realpath(name)).name)
     else:
         raise UserError(f"--dataset: no data set is called {name!r} and no folder of that name is "
-                        "here; use toy, flowers, animal-faces, imagenet or a PATH")
-    return Pictures(name, *found, image_size, crop, min_side, root, skip_bad)
+                        f"here; use {', '.join(DATASETS)} or a PATH")
+    return Pictures(name, *found, image_size, known.crop, min_side, root, skip_bad)
 
 
 def describe(dataset):
@@ -86,8 +68,18 @@ def describe(dataset):
     return text + (f"; left out: {count_of(left_out)}" if left_out else "")
 
 
-def count_of(left_out):
-    return ", ".join(f"{n:,} {printable(kind)}" for kind, n in sorted(left_out.items()))
+class InMemory:
+    """Pictures in memory, uint8 (N, 3, S, S), with labels (N,) into the names of classes."""
+
+    def __init__(self, images, labels, classes, name="own"):
+        self.images, self.name, self.classes = images, name, list(classes)
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        digest = hashlib.sha256(images.numpy().tobytes() + self.labels.numpy().tobytes())
+        self.recipe = {"dataset": name, "n": len(images), "image_size": images.shape[2],
+                       "classes": self.classes, "contents": digest.hexdigest()}
+
+    def load(self, indices):
+        return self.images[torch.as_tensor(indices)]
 
 
 # ---- Picture files -------------------------------------------------------------------------------
@@ -126,7 +118,7 @@ class Pictures:
             if not count:
                 raise UserError(f"class {classes[label]} of {folder} has no pictures: put some in")
         # A folder may be renamed: its pictures are what they were.
-        self.recipe = {"dataset": name if name in IMAGE_SIZE else "folder", "n": len(self.files),
+        self.recipe = {"dataset": name if name in DATASETS else "folder", "n": len(self.files),
                        "image_size": image_size, "crop": crop.__name__,
                        "contents": digest.hexdigest()}
 
@@ -146,204 +138,6 @@ class Pictures:
                             f"than the {self.min_side} pixels of which the autoencoder makes one"
                             f"{advice}")
         return self.crop(picture, self.image_size)
-
-
-def contents(folder, files, root, check=False):
-    """-> [stamp, sha256, side] of each file, and the path at which they are remembered.
-
-    As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
-    side: of a picture that was checked, in pixels, or what is wrong with it, a text (that is looked
-    at again each time).
-    """
-    name = f"{folder.name[-40:]}-{hash_of(os.path.realpath(folder))[:12]}.json"
-    path, known, found = Path(root) / "contents" / name, {}, {}
-    if path.exists():
-        with contextlib.suppress(OSError, ValueError):
-            digest, text = path.read_text().split("\n")
-            known = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
-        if not known:
-            say(f"{path} is damaged: the pictures are read anew")
-    reader = f"Pillow {PIL.__version__}"
-    for file in files:
-        try:
-            status = os.stat(os.path.join(folder, file))
-            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            former, digest, side, checked_by = known.get(file, [None] * 4)
-            kept = stamp == former and checked_by == reader and isinstance(side, int)
-            found[file] = [stamp, digest if stamp == former else None, side if kept else None,
-                           reader]
-        except OSError as error:
-            link = os.path.islink(folder / file) and isinstance(error, FileNotFoundError)
-            why = "is a link that leads nowhere" if link else f"cannot be read: {error.strerror}"
-            found[file] = [None, None, f"{folder / file} {why}", reader]
-
-    def look(file):
-        entry = found[file]
-        try:
-            entry[1] = entry[1] or file_hash(folder / file)
-            if check and entry[2] is None:
-                entry[2] = min(read_picture(folder / file).size)
-        except (OSError, UserError) as error:
-            entry[2] = str(error)
-
-    todo = [file for file, (stamp, digest, side, _) in found.items()
-            if stamp and (digest is None or check and side is None)]
-    with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(look, todo), total=len(todo), desc=f"reading {printable(folder)}",
-                  leave=False, delay=1))
-    # What changed a moment ago may change again within the same tick of the clock: it is not
-    # remembered, but listed if it is bad.
-    settled, new = time.time_ns() - 2 * 10 ** 9, {}
-    for file, (stamp, digest, side, _) in found.items():
-        if stamp and stamp[2] < settled:
-            new[file] = [stamp, digest, side, reader]
-        elif isinstance(side, str):
-            new[file] = [None, None, side, reader]
-    if new != known:
-        text = json.dumps(new)
-        try:
-            with write_whole(path) as part:
-                part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-        except UserError as error:
-            say(f"note: {error}; each start will read all pictures")
-    return [entry[:3] for entry in found.values()], path
-
-
-def to_tensor(picture):
-    """PIL -> uint8 (3, H, W)"""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-warnings.filterwarnings("ignore", module="PIL")               # of EXIF in disorder, as ImageNet's
-Image.init()
-FORMATS = [name for name in "JPEG MPO PNG WEBP TIFF BMP GIF PPM AVIF JPEG2000 TGA".split()
-           if name in Image.OPEN]                             # PIL knows others, some run programs
-ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
-SYSTEM = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "__macosx",
-          "__pycache__", "system volume information")
-
-
-def is_hidden(name):
-    return name.startswith(".") or name.lower() in SYSTEM
-
-
-def picture_files(folder):
-    """-> the pictures below a folder, sorted, and {kind: how many} of what else is there.
-
-    A picture is a file with the ending of one of FORMATS. Hidden and system files and folders are
-    left out; links are followed, but nothing is taken twice. A folder that cannot be read is an
-    OSError, a link to nothing a UserError, or a picture for whoever reads it.
-    """
-    pictures, left_out, seen, folders, links = [], Counter(), set(), [os.fspath(folder)], []
-
-    def take(path, is_file):
-        ending = os.path.splitext(path)[1].lower()
-        if is_file and ending in ENDINGS:
-            pictures.append(path)
-        else:
-            left_out[(ending or "without ending") if is_file else "that are no files"] += 1
-
-    while folders or links:
-        if folders:                                           # what is there itself goes first
-            where = folders.pop()
-            status = os.stat(where)
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(where) as entries:
-                for entry in entries:
-                    if is_hidden(entry.name):
-                        continue
-                    if entry.is_symlink():
-                        links.append(entry.path)
-                    elif entry.is_dir():
-                        folders.append(entry.path)
-                    else:
-                        seen.add((status.st_dev, entry.inode()))
-                        take(entry.path, entry.is_file())
-            links.sort(reverse=True)
-            continue
-        link = links.pop()
-        try:
-            status = os.stat(link)
-        except OSError as error:                              # to nothing, or in a circle
-            if os.path.splitext(link)[1].lower() not in ENDINGS:
-                raise UserError(f"{link} is a link that leads nowhere ({error.strerror}): mend "
-                                "it") from error
-            take(link, True)
-            continue
-        if (status.st_dev, status.st_ino) in seen:
-            left_out["links to what is there already"] += 1
-        elif stat.S_ISDIR(status.st_mode):
-            folders.append(link)
-        else:
-            seen.add((status.st_dev, status.st_ino))
-            take(link, stat.S_ISREG(status.st_mode))
-    return sorted(pictures), left_out
-
-
-@contextlib.contextmanager
-def open_picture(file):
-    """PIL's picture. Whatever goes wrong with it is a UserError that names the file."""
-    try:
-        if not os.path.isfile(file):                          # a pipe would wait for ever
-            raise ValueError("there is no such file")
-        with Image.open(file, formats=FORMATS) as picture:
-            yield picture
-    except Exception as error:                                # PIL raises many kinds
-        raise UserError(f"{file} cannot be read as a picture ({one_line(error)}): repair "
-                        "it") from error
-
-
-def read_picture(file):
-    """A picture as it is meant: RGB, upright, what is transparent laid on white."""
-    with open_picture(file) as picture:
-        return upright_rgb(picture)
-
-
-# The EXIF orientation -> what makes it upright.
-UPRIGHT = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90), start=2))
-
-
-def is_plain(picture):
-    """Would convert("RGB") lose nothing: no orientation, no transparency, no more than 8 bits?"""
-    picture.load()                                            # some formats tell it at the end only
-    return not (picture.getexif().get(0x0112) in UPRIGHT or picture.mode[0] in "IF"
-                or {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info)
-
-
-def upright_rgb(picture):
-    layout = picture.tile[0][3] if picture.tile else None     # of a PNG: how its bits are packed
-    if is_plain(picture):
-        return picture.convert("RGB")
-    turn, clear = UPRIGHT.get(picture.getexif().get(0x0112)), picture.info.get("transparency")
-    if clear is not None and layout == "RGB;16B":
-        raise ValueError("one of its 16-bit colours is clear: save it in 8 bits")
-    if isinstance(clear, int) and layout in ("L;2", "L;4"):   # PIL scales pixels only
-        picture.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[layout]
-    if picture.mode[0] in "IF":
-        grey = np.asarray(picture)
-        if not has_16_bits(picture):
-            raise ValueError(f"grey values from {grey.min():g} to {grey.max():g}, and nothing says "
-                             "which is white: save it in 8 or 16 bits")
-        eight = (grey / 257).round().astype(np.uint8)         # convert() would clip
-        if clear is not None:
-            eight[grey == clear] = 255
-        picture = Image.fromarray(eight)
-    elif {"A", "a"} & set(picture.getbands()) or clear is not None:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
-    return picture if turn is None else picture.transpose(turn)
-
-
-def has_16_bits(picture):
-    """Grey from 0, black, to 65535, white? In a TIFF there may be fewer bits, or more."""
-    if picture.format == "TIFF":
-        bits, black_is_zero = picture.tag_v2.get(258), picture.tag_v2.get(262) == 1
-        return picture.mode.startswith("I;16") and bits == (16,) and black_is_zero
-    return picture.mode.startswith("I")
 
 
 def centre_crop(picture, image_size):
@@ -366,14 +160,6 @@ def adm_crop(picture, image_size):
 
 
 # ---- Where the files are: (folder, files, labels, classes, left_out) of each data set ------------
-
-# Names of folders that are parts of a data set, or other pictures of the same, and no classes.
-SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|unlabell?ed)"
-                   r"([ _-]?(set|data|images?|[\dab]+))*", re.I)
-PART = re.compile(r"(jpeg|seg(mentation)?|gt|depth|edge)?[ _-]?(image|img|mask|label|annotation|"
-                  r"segmentation|ground[ _-]?truth|gt|rgb|depth|edge|thumbnail)s?[\d _-]*", re.I)
-SHARD = re.compile(r"\d{5}/(img)?\d{5,8}\.\w+")
-
 
 def class_folders(folder):
     """folder/CLASS/**/picture, classes in alphabetical order; or the labels of dataset.json."""
@@ -402,41 +188,6 @@ def class_folders(folder):
             raise UserError(f"{folder / name} has no pictures of a format that is read here "
                             f"({there}): convert them, put some in, or move it elsewhere")
     return folder, files, labels, classes, left_out
-
-
-def refuse_what_are_no_classes(folder, classes, files):
-    inside = sorted({file.split(os.sep)[1] for file in files if file.count(os.sep) > 1})
-    nested = all(file.count(os.sep) > 1 for file in files)
-    for kind in (SPLIT, PART):
-        parts = [name for name in classes if kind.fullmatch(name)]
-        if len(parts) > 1 or parts == classes and kind is SPLIT and inside:
-            raise UserError(f"{folder} holds {', '.join(parts[:5])}, which are parts of a data set "
-                            f"and no classes: give one of them, as {folder / parts[0]}")
-    if len(classes) == 1 and nested and len(inside) > 1:
-        say(f"note: {printable(folder)} holds one folder, and that holds "
-            f"{printable(', '.join(inside[:5]))}: if those are the classes, give "
-            f"{printable(folder / classes[0])}")
-    if files and all(SHARD.fullmatch(file.replace(os.sep, "/")) for file in files):
-        raise UserError(f"{folder} holds {', '.join(classes[:3])}, shards and no classes, and no "
-                        "dataset.json with labels: put the pictures into one folder a class")
-
-
-def labels_of_json(path, files):
-    """EDM's and StyleGAN's {"labels": [[file, number], ...]} -> labels of the files, classes."""
-    try:
-        of_file = {os.path.normpath(file): number
-                   for file, number in json.loads(path.read_bytes())["labels"]}
-        if wrong := [number for number in of_file.values() if type(number) is not int]:
-            raise ValueError(f"a label is {one_line(wrong[0], 20)}, no number")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f'{path} does not hold {{"labels": [[file, number], ...]}} '
-                        f"({one_line(error)}): mend it, or move it elsewhere if the folders are "
-                        "the classes") from error
-    if different := sorted(set(files) ^ set(of_file)):
-        raise UserError(f"{path} has labels of {len(of_file)} pictures, {len(files)} are there; "
-                        f"{len(different)} are only in one of both, {different[0]} first: mend it")
-    numbers = sorted(set(of_file.values()))
-    return [numbers.index(of_file[file]) for file in files], [str(number) for number in numbers]
 
 
 # Sizes in bytes. The MD5 sums are those that torchvision checks.
@@ -492,13 +243,13 @@ AFHQ_FILE = dict(size=729_484_677,
                  sha256="7f63dcc14ef58c0e849b59091287e1844da97016073aac20403ae6c6132b950f")
 
 
-def animal_faces(folder):
+def animal_faces(folder, split):
     if not (folder / "afhq").exists():
         unpack(download(AFHQ_URL, folder / "afhq.zip", **AFHQ_FILE), folder, "afhq")
     return class_folders(folder / "afhq" / "train")
 
 
-def imagenet(folder):
+def imagenet(folder, split):
     found = list(folder.iterdir()) if folder.is_dir() else []
     classes = [d.name for d in found if re.fullmatch(r"n\d{8}", d.name)]
     if len(classes) != 1000:
@@ -509,84 +260,25 @@ def imagenet(folder):
     return class_folders(folder)
 
 
-# ---- Downloads -----------------------------------------------------------------------------------
+# ---- Those that have a name ----------------------------------------------------------------------
 
-def download(url, path, size=None, sha256=None, md5=None):
-    """-> path, a whole and verified file: fetched unless it is there, resumed where it broke off.
-
-    size in bytes; http, https and file URLs. UserError: no network, no room, or not the file that
-    was expected.
-    """
-    path, part = Path(path), Path(f"{path}.part")
-    if path.exists():
-        return verify(path, f"remove it to fetch it again from {url}", size, sha256, md5)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    by_hand = f"or put the file at {path} by hand"
-    if not have or have != size:                              # else it only lacks its name
-        headers = {"User-Agent": "sphere-latent-encoder"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        try:
-            request = urllib.request.Request(url, headers=headers)
-            with urllib.request.urlopen(request, timeout=20) as response:
-                if response.status != 206:                    # the server sends it from the start
-                    have = 0
-                total = have + int(response.headers["Content-Length"] or 0)
-                free = free_bytes(part.parent)
-                if total - have > free:
-                    raise UserError(f"{url} has {total / 1e9:.2f} GB, but {part.parent} has "
-                                    f"{free / 1e9:.2f} GB free")
-                with open(part, "ab" if have else "wb") as file, tqdm(
-                        desc=path.name, total=total or None, initial=have, unit="B",
-                        unit_scale=True) as bar:
-                    while block := response.read(1 << 20):
-                        have += file.write(block)
-                        bar.update(len(block))
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and have:                    # no more: not a part of this file
-                part.unlink()
-                return download(url, path, size, sha256, md5)
-            raise UserError(f"{url} cannot be fetched ({error}): try later, {by_hand}") from error
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError,
-                ssl.SSLError) as error:
-            so_far = f" after {have / 1e6:.1f} MB, which the same command resumes" * bool(have)
-            raise UserError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}){so_far}: "
-                            f"is there a network? Try again, {by_hand}") from error
-        if have < total:
-            raise UserError(f"{url} broke off at {have / 1e6:.1f} of {total / 1e6:.1f} MB: the "
-                            f"same command resumes it, {by_hand}")
-    try:
-        verify(part, f"it was removed; fetch {url} again, {by_hand}", size, sha256, md5)
-    except UserError:
-        part.unlink()
-        raise
-    part.replace(path)
-    return path
+class DataSet(NamedTuple):
+    """find(folder, split) -> what Pictures takes; or make(image_size) -> a data set."""
+    find: Callable = None
+    make: Callable = None
+    image_size: int = 256                                     # at which it is scored
+    crop: Callable = centre_crop
+    has_splits: bool = False
+    reference: dict = None                                    # statistics for FID, to be downloaded
+    held_out: Callable = lambda image_size: None              # pictures like it, but none of it
 
 
-def unpack(archive, folder, name):
-    """The folder `name` of a .zip or .tgz -> folder/name, whole or not at all, without links."""
-    def plain(member, path):                                  # names that lead out are refused
-        if not (member.isfile() or member.isdir()):
-            raise tarfile.FilterError(f"{member.name} is a link or a device")
-        return tarfile.data_filter(member, path)
-
-    part = part_of(folder / name)
-    sweep(folder)
-    print(f"unpacking {archive}", flush=True)
-    try:
-        if archive.suffix == ".zip":                          # makes no links, keeps names inside
-            with zipfile.ZipFile(archive) as opened:
-                opened.extractall(part)
-        else:
-            with tarfile.open(archive) as opened:
-                opened.extractall(part, filter=plain)
-        if not (part / name).is_dir():
-            raise UserError(f"{archive} has no folder {name}: it is another archive than expected")
-        (part / name).rename(folder / name)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
-        raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it "
-                        "again") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+# ADM's ImageNet-256 reference. Size and sum are those that public repositories pin; OpenAI gives
+# none.
+ADM = dict(url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
+               "256/VIRTUAL_imagenet256_labeled.npz", size=2_037_122_530,
+           sha256="b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758")
+DATASETS = {"flowers": DataSet(oxford_flowers, has_splits=True),
+            "animal-faces": DataSet(animal_faces),
+            "imagenet": DataSet(imagenet, crop=adm_crop, reference=ADM)}
+DATASETS["toy"] = DataSet(**toy.DATASET)  # laptop

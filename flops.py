@@ -29,12 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sphere
 from baselines import METHODS, SphereEncoder
-from common import (ArgumentParser, UserError, number, peak_memory_gb, prefetch, setup, table_text,
-                    user_errors)
 from model import SiT_models
 from rae import DINOv2Encoder, ViTDecoder
 from sample import predict
-from train import PAPER, PRESETS, Learner, compiles
+from settings import PAPER, defaults
+from train import Learner
+from utils.cli import ArgumentParser, UserError, number, table_text
+from utils.processes import compiles, peak_memory_gb, prefetch, setup, user_errors
 
 # ---- The counter ---------------------------------------------------------------------------------
 
@@ -187,7 +188,7 @@ def parts_table():
 def sampling_table():
     rows = []
     for name in SET_SIZES:
-        model, guided = PRESETS[name]["model"], PRESETS[name]["cfg"] != 1
+        model, guided = defaults(name)["model"], defaults(name)["cfg"] != 1
         encoder, decoder = SPHERE_ENCODER[name]
         for steps, said, said_of_theirs in zip((2, 4, 6), *SAMPLING[name]):
             ours, whole = sampling_cost(model, steps, guided).tolist()
@@ -202,7 +203,7 @@ def sampling_table():
 def training_table():
     rows = []
     for name, pictures in SET_SIZES.items():
-        model, batch, epochs = (PRESETS[name][key] for key in ("model", "batch_size", "epochs"))
+        model, batch, epochs = (defaults(name)[key] for key in ("model", "batch_size", "epochs"))
         steps = -(-epochs * pictures // batch)                             # as train.py has it
         for extra, options in (("", {}), (", Eq. 4", {"eq4": True}),
                                (", encoding", {"encoding": True})):
@@ -269,8 +270,8 @@ class UsualLoop:
         z, y = self.latents.batch(chosen, chosen % 2)
         z, y = z.to(self.device).float(), y.to(self.device)
         hi, lo = (t.to(self.device) for t in sphere.noise_pair(
-            self.batch, PAPER["noise_dist"], PAPER["p_mean"], PAPER["p_std"], PAPER["alpha_max"],
-            PAPER["alpha_mix"], PAPER["mix_prob"]))
+            self.batch, PAPER["p_mean"], PAPER["p_std"], PAPER["alpha_max"], PAPER["alpha_mix"],
+            PAPER["mix_prob"]))
         eps, v = torch.randn_like(z), sphere.spherify(z)
         z_hi, z_lo = (self.model(sphere.add_noise(v, sigma, eps), y) for sigma in (hi, lo))
         loss = sphere.reconstruction_loss(z_lo, z) + sphere.consistency_loss(z_hi, z_lo)
@@ -308,10 +309,10 @@ def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, agai
 
     # A step as train.py does it, but for the latents, which are the same each time.
     learner = Learner({**PAPER, "model": name, "batch_size": batch, "dtype": dtype, "seed": 0},
-                      LATENT, 1000, device, compiles=compile)
+                      LATENT, 1000, device, compile=compile)
     z, y = torch.randn(batch, *LATENT, device=device), torch.arange(batch, device=device) % 1000
     steps_done, latents = itertools.count(), RandomLatents(4 * batch)
-    batches = prefetch(lambda step: learner.micro_batch(latents, step, 0), itertools.count())
+    batches = prefetch(lambda step: learner.draw_inputs(latents, step, 0), itertools.count())
 
     def train(to_log=False):
         step = next(steps_done)
@@ -330,12 +331,12 @@ def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, agai
                 usual.step)
         usual = None
 
-    denoiser = functools.partial(predict, learner.model, {}, dtype)
+    denoiser = functools.partial(predict, learner.raw_model, {}, dtype)
     measure(f"sampling, {steps} steps" + ", guided" * guided, batch, dtype,
             steps * (1 + guided) * cost(name)[1][1].item(),
             lambda: sphere.sample(denoiser, z.shape, y, steps, 2.0 if guided else 1.0,
-                                  null_class=1000, together=True))
-    compiled = "not compiled" if learner.parallel is learner.model else "compiled"
+                                  null_class=1000))
+    compiled = "not compiled" if learner.ddp_model is learner.raw_model else "compiled"
     learner = denoiser = None
     pictures = torch.rand(batch, *PICTURE, device=device)
     for what, part, x in (("decoding", "decoder", z), ("encoding", "encoder", pictures)):

@@ -2,8 +2,8 @@
 
 It is the SiT / DiT of Ma et al. 2024 and Peebles & Xie 2023 with one thing taken away: there is no
 timestep. The class alone drives adaLN-Zero; how noisy the input is, the network sees for itself
-(paper, section 4.1). What the paper compares with (baselines.py) gets it back, by num_times. This
-file knows nothing of spheres, noise or images: it maps (B, C, H, W) and a label to (B, C, H, W).
+(paper, section 4.1). This file knows nothing of spheres, noise or images: it maps (B, C, H, W) and
+a label to (B, C, H, W).
 """
 import numpy as np
 import torch
@@ -74,39 +74,23 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class TimestepEmbedder(nn.Module):
-    """t (B,) in [0, 1] -> (B, D). As in SiT t is not multiplied by 1,000, as it is in DiT: MeanFlow
-    differentiates by it."""
-
-    def __init__(self, hidden_size, frequencies=128):
-        super().__init__()
-        self.register_buffer("omega", 10000.0 ** (-torch.arange(frequencies) / frequencies),
-                             persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, hidden_size), nn.SiLU(),
-                                 nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, t):
-        angle = t.unsqueeze(1) * self.omega
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
-
-
 class SiT(nn.Module):
     """The denoiser G(v, y). `num_classes` itself is the null class of classifier-free guidance.
 
     input_size: side of the latent in its own pixels; patch_size divides it; 4 and num_heads divide
-    hidden_size; out_channels: in_channels, if not given; num_times: of forward, the paper's has 0.
+    hidden_size; out_channels: in_channels, if not given.
     """
 
     def __init__(self, input_size=16, in_channels=768, patch_size=1, hidden_size=768, depth=12,
                  num_heads=12, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1,
-                 out_channels=None, num_times=0):
+                 out_channels=None):
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"patch_size {patch_size} must divide input_size {input_size}; "
                              f"num_heads {num_heads} and 4 must divide hidden_size {hidden_size}")
         self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        self.out_channels, self.num_times = out_channels or in_channels, num_times
+        self.out_channels = out_channels or in_channels
         self.checkpoint_activations = False           # compute blocks twice, to save memory
 
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -117,7 +101,6 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio)
                                     for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.t_embedders = nn.ModuleList(TimestepEmbedder(hidden_size) for _ in range(num_times))
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -128,18 +111,18 @@ class SiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.weight.data.flatten(1))   # as the Linear that it is
         nn.init.zeros_(self.x_embedder.bias)
         nn.init.normal_(self.y_embedder.weight, std=0.02)
-        for embedder in self.t_embedders:
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         for layer in [*self.blocks, self.final_layer]:        # adaLN-Zero: blocks start as identity
             nn.init.zeros_(layer.adaLN_modulation[-1].weight)
         # DiT starts the last layer at zero. Here the loss asks for a direction (1 - cos), and a
-        # zero output has none: its gradient there is 1 / eps, a norm of 1e9 at the first step.
-        # A small random start costs nothing.
+        # zero output has none: its gradient has a norm of 1e9. A small random start costs nothing.
         nn.init.normal_(self.final_layer.linear.weight, std=0.02)
 
-    def forward(self, x, y, times=None, drop=None, generator=None):
-        """x (B, C, H, W), y (B,) int64, times (B, num_times) in [0, 1] -> (B, out_channels, H, W).
+    def condition(self, y):
+        """What adaLN is driven by: y (B,) -> (B, D)."""
+        return self.y_embedder(y)
+
+    def forward(self, x, y, *more, drop=None, generator=None):
+        """x (B, C, H, W), y (B,) int64 -> (B, out_channels, H, W). more: what `condition` takes.
 
         Labels are dropped (replaced by the null class) where drop (B,) bool says so; in training
         mode without it, with probability class_dropout_prob, drawn from generator.
@@ -154,10 +137,7 @@ class SiT(nn.Module):
 
         x = self.x_embedder(x).flatten(2).transpose(1, 2)            # (B, D, H/p, W/p) -> (B, T, D)
         x = x + self.pos_embed
-        c = self.y_embedder(y)                                           # (B, D)
-        told = () if times is None else times.unbind(1)
-        for embed, t in zip(self.t_embedders, told, strict=True):
-            c = c + embed(t)
+        c = self.condition(y, *more)                                     # (B, D)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)
@@ -181,7 +161,7 @@ def sincos_2d(dim, grid_size):
 
 
 def _preset(**sizes):
-    return lambda **kwargs: SiT(**{**sizes, **kwargs})
+    return lambda kind=SiT, **kwargs: kind(**{**sizes, **kwargs})
 
 
 SiT_models = {

@@ -6,15 +6,18 @@ An RAE is an encoder, a decoder and statistics that bring the latents to mean 0 
 variance. Images are (B, 3, H, W) in [0, 1], latents (B, C, h, w). The paper's is dinov2-b: DINOv2-B
 with registers, a ViT-XL decoder, pictures of 256 x 256, latents of 768 x 16 x 16; its 2 GB of
 weights are fetched once from the Hugging Face Hub. laptop/ makes smaller ones: toy and lite0.
+AUTOENCODERS has each of them; one's own is another entry there.
 """
+import contextlib
 import hashlib
 import json
 import math
-import shutil
 import time
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +26,17 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ArgumentParser, UserError, autocast, barrier, check_moments,
-                    first_not_finite, first_process_first, folder_by_hash, free_bytes, from_first,
-                    from_hub, keyed_generator, load_renamed, load_tensors, one_line, part_of,
-                    prefetch, printable, reserve, say, setup, sweep, to_float, to_uint8,
-                    user_errors, verify, write_json, write_whole)
-from baselines import METHODS, build_network
-from data import centre_crop, read_picture, to_tensor
+from data import centre_crop
 from laptop import lite0, toy  # laptop
-from model import SiT_models, sincos_2d
+from model import sincos_2d
 from sphere import full_precision
+from utils.checkpoint import load_checkpoint, load_renamed, load_tensors
+from utils.cli import ArgumentParser, UserError, printable
+from utils.files import (folder_by_hash, free_bytes, from_hub, locked, verify, write_json,
+                         write_whole)
+from utils.images import read_picture, to_float, to_tensor, to_uint8
+from utils.processes import (autocast, barrier, first_process_first, from_first, keyed_generator,
+                             prefetch, say, setup, user_errors)
 
 # Raise it when code changes what an encoder makes of a picture: latents and decoders that were kept
 # are then made anew.
@@ -291,7 +295,44 @@ def official_files(weights_dir=None):
     return paths
 
 
-# ---- The autoencoder of a run --------------------------------------------------------------------
+# ---- The autoencoders that there are -------------------------------------------------------------
+
+class Autoencoder(NamedTuple):
+    """How one is had, and what goes with it. build and fit return the arguments of RAE.
+
+    build(channels, image_size, patch_size): with random weights, for those of a checkpoint
+    fit(images, image_size=, patch_size=, seed=, device=, recipe=): on uint8 (N, 3, S, S), pictures
+        of the run; or fetch(weights_dir) -> an RAE
+    train_decoder(rae, dataset, latents, folder, steps, seed, rank, flips): after fit, on latents
+    """
+    build: Callable = None
+    fit: Callable = None
+    fetch: Callable = None
+    train_decoder: Callable = None
+    pictures_to_fit: Callable = lambda image_size, patch_size: 1000       # are enough
+    # -> the side that pictures are brought to, and the least that they may have
+    sides: Callable = lambda image_size: (image_size, 1)
+    settings: dict = None           # what differs from the paper's; None: as the data set's own
+    flags: tuple = ()               # settings that mean nothing to all others
+    features: str = "lite0"         # the features of laptop/report.py that judge it
+
+
+def pixels(channels, image_size, patch_size):
+    """No autoencoder: a latent is the picture in patches, -1 to 1. For what works on pictures."""
+    half = torch.full((3 * patch_size ** 2, 1, 1), 0.5)
+    return {"encoder": nn.PixelUnshuffle(patch_size), "decoder": nn.PixelShuffle(patch_size),
+            "latent_mean": half, "latent_var": half ** 2, "image_size": image_size,
+            "patch_size": patch_size, "name": "pixels"}
+
+
+AUTOENCODERS = {
+    "dinov2-b": Autoencoder(fetch=official_rae, settings={}),
+    "pixels": Autoencoder(pixels, lambda images, image_size, patch_size, **_: pixels(
+        None, image_size, patch_size), flags=("rae_patch",), features="toy"),
+}
+AUTOENCODERS["toy"] = Autoencoder(**toy.AUTOENCODER)  # laptop
+AUTOENCODERS |= {name: Autoencoder(**of) for name, of in lite0.AUTOENCODERS.items()}  # laptop
+
 
 def load_rae(source, device="cpu", weights_dir=None):
     """The autoencoder called `source`, or a checkpoint's, from what RAE.saved() kept.
@@ -299,73 +340,37 @@ def load_rae(source, device="cpu", weights_dir=None):
     weights_dir: where the official files are; without it they come from the Hub.
     """
     saved = {"name": source} if isinstance(source, str) else source
-    name = saved["name"]
-    if name == "dinov2-b":
-        rae = official_rae(weights_dir)
+    of = AUTOENCODERS.get(saved["name"])
+    if of is None or not of.fetch and "state" not in saved:
+        raise ValueError(f"unknown autoencoder {source!r}: those that are fetched can be loaded by "
+                         "name, others from a checkpoint; your own has to be in AUTOENCODERS")
+    if of.fetch:
+        rae = of.fetch(weights_dir)
         if saved.get("files", rae.files) != rae.files:
-            raise UserError("the checkpoint was made with other weights of dinov2-b than these: "
-                            "their sha256 differ")
-    elif "state" in saved:
-        rae = build_rae(saved)
-        rae.load_state_dict(saved["state"])
+            raise UserError("the checkpoint was made with other weights of "
+                            f"{rae.name} than these: their sha256 differ")
     else:
-        raise ValueError(f"unknown autoencoder {source!r}: 'dinov2-b' can be loaded by name; "
-                         "fit_rae makes the others")
+        channels = len(saved["state"]["latent_var"])
+        rae = RAE(**of.build(channels, saved["image_size"], saved["patch_size"]))
+        rae.made_by = saved.get("made_by")
+        rae.load_state_dict(saved["state"])
     return rae.to(device)
 
 
-def build_rae(saved):
-    """One of the small ones, with random weights."""
-    name, channels, size = saved["name"], len(saved["state"]["latent_var"]), saved["image_size"]
-    if name == "pixels":
-        return pixels(size, saved["patch_size"])
-    if name == "toy":  # laptop
-        return RAE(**toy.build(channels, saved["patch_size"], size))  # laptop
-    if name in lite0.PRETRAINED:  # laptop
-        return RAE(**lite0.build(name, channels, size), made_by=saved.get("made_by"))  # laptop
-    raise ValueError(f"unknown autoencoder {name!r}")
-
-
-def pixels(image_size, patch_size):
-    """No autoencoder: a latent is the picture in patches, -1 to 1. For what works on pictures."""
-    half = torch.full((3 * patch_size ** 2, 1, 1), 0.5)
-    return RAE(nn.PixelUnshuffle(patch_size), nn.PixelShuffle(patch_size), half, half ** 2,
-               image_size, patch_size, "pixels")
-
-
-OF_PATCHES = ["pixels"]                                       # autoencoders with --rae-patch
-OF_PATCHES += ["toy"]  # laptop
-
-
-def fit_rae(name, images, **settings):
-    """A small one, fitted on training pictures (N, 3, S, S). The decoder of lite0 is untrained."""
-    if name == "pixels":
-        return pixels(images.shape[2], **settings)
-    if name == "toy":  # laptop
-        return RAE(**toy.fit(images, **settings))  # laptop
-    if name in lite0.PRETRAINED:  # laptop
-        return RAE(**lite0.fit(name, images, **settings))  # laptop
-    raise ValueError(f"unknown autoencoder {name!r}")
-
-
-def open_rae(name, dataset, image_size, toy_patch=16, seed=0, device="cpu", weights_dir=None,
+def open_rae(name, dataset, image_size, patch_size=16, seed=0, device="cpu", weights_dir=None,
              saved=None):
     """The autoencoder of a run: a checkpoint's (saved), or fetched, or fitted on the pictures.
 
     What is fetched or fitted, the first process does, and the others find or receive it.
     """
+    of = AUTOENCODERS[name]
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    if name != "dinov2-b" and not saved:
+    if not of.fetch and not saved:
         if rank == 0:
             order = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", seed))
-            settings = {"image_size": image_size, "device": device, "seed": seed,
-                        "recipe": dataset.recipe}
-            n = 1000                                          # pictures are enough
-            if name in OF_PATCHES:
-                settings = {"patch_size": toy_patch}
-            if name == "toy":  # laptop
-                n = -(-20_000 // max(1, image_size // toy_patch) ** 2)    # 20,000 patches  # laptop
-            saved = fit_rae(name, dataset.load(order[:n]), **settings).saved()
+            images = dataset.load(order[:of.pictures_to_fit(image_size, patch_size)])
+            saved = RAE(**of.fit(images, image_size=image_size, patch_size=patch_size, seed=seed,
+                                 device=device, recipe=dataset.recipe)).saved()
         saved = from_first(saved)
     with first_process_first(rank):
         rae = load_rae(saved or name, device, weights_dir)
@@ -374,87 +379,15 @@ def open_rae(name, dataset, image_size, toy_patch=16, seed=0, device="cpu", weig
     return rae
 
 
-def picture_sides(name, image_size, toy_patch=16):
+def picture_sides(name, image_size, patch_size=16):
     """-> the side that an autoencoder's pictures are brought to, and the least they may have."""
-    if name in OF_PATCHES:
-        if image_size % toy_patch:
-            raise UserError(f"--image-size {image_size} is not a multiple of the {name} "
-                            f"autoencoder's patch of {toy_patch}")
-        return image_size, toy_patch
-    if name in lite0.PRETRAINED:  # laptop
-        return lite0.picture_sides(name, image_size)  # laptop
-    return image_size, 1
-
-
-# ---- A run's checkpoint --------------------------------------------------------------------------
-
-CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "args": dict,
-              "classes": list, "rae": dict}
-ARGS = {"model": str, "dtype": str, "dataset": str, "split": str, "skip_bad": bool, "seed": int,
-        "rae_patch": int, "sample_steps": int, "ema_decay": list, "pictures": dict,
-        "sampling_noise": str, "cfg": (int, float), "gamma": (int, float), "sigma": (int, float)}
-# What came later, and what a run from before did.
-LATER = {"method": "sphere", "flips": True, "consistency": 1.0, "pair_noise": "one",
-         "spherify": True, "init_from": None, "decay": "power", "guidance": "linear"}
-
-
-def load_checkpoint(path):
-    """What train.py saved, on the CPU: a dict of tensors and plain values, all of it looked at."""
-    if not Path(path).exists():
-        raise UserError(f"there is no checkpoint at {path}")
-    checkpoint = load_tensors(path, "cannot be used: it is not a checkpoint of train.py")
-    try:
-        check_checkpoint(checkpoint)
-    except Exception as error:                                # a file may hold anything
-        raise UserError(f"{path} cannot be used: {one_line(error)}") from error
-    return checkpoint
-
-
-def check_checkpoint(checkpoint):
-    for kinds in (CHECKPOINT, ARGS):
-        values = checkpoint if kinds is CHECKPOINT else checkpoint["args"]
-        for key, kind in kinds.items():
-            if key not in values or not isinstance(values[key], kind):
-                raise ValueError(f"{key!r} is missing, or of another type")
-    checkpoint["args"] = {**LATER, **checkpoint["args"]}
-    args, classes = checkpoint["args"], checkpoint["classes"]
-    if not classes or not all(isinstance(name, str) for name in classes):
-        raise ValueError("classes are no names")
-    amounts = [args[name] for name in ("cfg", "gamma", "sigma")]
-    sampler = [args["dtype"], args["sampling_noise"], *amounts, args["sample_steps"],
-               args["spherify"], args["decay"], args["guidance"]]
-    if (args["dtype"] not in ("float32", "bfloat16") or not all(0 <= x < 1e9 for x in amounts)
-            or args["sampling_noise"] not in ("fresh", "same") or args["sample_steps"] < 1
-            or args["spherify"] not in (True, False) or args["decay"] not in ("power", "geometric")
-            or args["guidance"] not in ("linear", "rotation")
-            or args["model"] not in SiT_models or args["method"] not in METHODS
-            or checkpoint["step"] < 0):
-        raise ValueError(f"args that nobody could have given: {args['model']}, {sampler}")
-    if name := first_not_finite(checkpoint):
-        raise ValueError(f"{name} is not finite")
-
-    model, (C, side, _) = network_of(checkpoint)
-    expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
-    for name, state in (("model", checkpoint["model"]), *checkpoint["ema"].items()):
-        if {key: (value.shape, value.dtype) for key, value in state.items()} != expected:
-            raise ValueError(f"the weights {name} are not those of {args['model']} for "
-                             f"{len(classes)} classes")
-    if not checkpoint["ema"] or list(checkpoint["ema"]) != list(map(str, args["ema_decay"])):
-        raise ValueError(f"averages of {list(checkpoint['ema'])}, not of {args['ema_decay']}")
-    check_moments(checkpoint["optimizer"], (p for p in model.parameters() if p.requires_grad))
-    if checkpoint["rae"]["name"] != "dinov2-b":
-        shape = load_rae(checkpoint["rae"]).latent_shape
-        if shape != (C, side, side):
-            raise ValueError(f"its autoencoder has latents of {shape}, the model {(C, side, side)}")
-
-
-def network_of(checkpoint):
-    """-> its network, with random weights, and the (C, h, w) of its latents."""
-    args, state = checkpoint["args"], checkpoint["model"]
-    inside = "encoder." * (args["method"] == "sphere-encoder")
-    side = round(state[f"{inside}pos_embed"].shape[1] ** 0.5)
-    shape = (state[f"{inside}x_embedder.weight"].shape[1], side, side)
-    return build_network(args["method"], args["model"], shape, len(checkpoint["classes"])), shape
+    of = AUTOENCODERS[name]
+    if "rae_patch" not in of.flags:
+        return of.sides(image_size)
+    if image_size % patch_size:
+        raise UserError(f"--image-size {image_size} is not a multiple of the {name} autoencoder's "
+                        f"patch of {patch_size}")
+    return image_size, patch_size
 
 
 # ---- Latents of a data set -----------------------------------------------------------------------
@@ -479,9 +412,9 @@ def open_latents(dataset, rae, root, cache="auto", rank=0, world=1, flips=True, 
 
 def cache_of(dataset, rae, root, flips=True):
     """-> folder, manifest. The folder's name holds a hash of the manifest: what makes latents."""
-    shape = [len(dataset.labels), 2 if flips else 1, *rae.latent_shape]
+    shape = [len(dataset.labels), 1 + flips, *rae.latent_shape]
     manifest = {"data": dataset.recipe, "autoencoder": rae.fingerprint(), "dtype": "float16",
-                "chunk": LatentCache.chunk, "ticks": "crc32 + 1", "shape": shape}
+                "pictures_a_file": LatentCache.part, "shape": shape}
     return folder_by_hash(root, f"{dataset.name}-{rae.name}", manifest), manifest
 
 
@@ -515,105 +448,97 @@ class LatentsOnTheFly:
 
 
 class LatentCache:
-    """Latents, both flips or one, float16, memory-mapped: folder/latents.npy (N, 2, C, h, w).
+    """Latents, both flips or one, in files of 256 pictures: folder/NUMBER-CRC32.f16, each an array
+    (n, flips, C, h, w) of float16.
 
-    Chunks of pictures are encoded by the processes in turn and ticked off in done.npy by their
-    checksums: the same command resumes an interrupted encoding, and several runs may fill one cache
-    at the same time, as they write the same values. What is damaged is encoded again.
+    A file is there whole or not at all and has its checksum in its name, so the same command
+    resumes an interrupted encoding, in which the processes take the files in turn. What is damaged
+    is encoded again. A folder is filled by one run at a time; others wait.
     """
-    chunk = 256                                               # pictures; always the same together
+    part = 256                                                # pictures; always the same together
     small = 8e9                                               # bytes that are checked at each start
 
     def __init__(self, dataset, rae, root, rank=0, world=1, flips=True, check=False):
-        self.labels, started = dataset.labels, time.perf_counter()
+        self.labels = dataset.labels
         self.folder, self.manifest = cache_of(dataset, rae, root, flips)
-        if rank == 0:
-            if self.folder.exists() and (damage := self._damage()):
-                print(f"{self.folder} is damaged ({damage}): it is made anew")
-                shutil.rmtree(self.folder)
-            if not self.folder.exists():
-                self._create()
-        barrier()
-        self.latents, done = self._open("r")
+        self.shape = tuple(self.manifest["shape"][1:])        # of a picture: (flips, C, h, w)
         N, check = len(self.labels), check or cache_bytes(self.manifest) < self.small
-        mine = range(rank, len(done), world)
-        damaged = [c for c in mine if check and done[c] and done[c] != self._tick(c)]
+        self.parts = [range(i, min(i + self.part, N)) for i in range(0, N, self.part)]
+        files, mine = self._files(), range(rank, len(self.parts), world)
+        damaged = [c for c in mine if check and c in files and not self._is_whole(files[c])]
+        for c in damaged:
+            files[c].unlink()
         if damaged:
-            print(f"{len(damaged)} of {len(done)} parts of {self.folder} are damaged: encoded anew")
-        todo = [range(c * self.chunk, min((c + 1) * self.chunk, N)) for c in mine
-                if c in damaged or not done[c]]
-        if todo:
-            self.latents, done = self._open("r+")
-        n = sum(map(len, todo))
+            print(f"{len(damaged)} of {len(self.parts)} files of {self.folder} were damaged: "
+                  "they are encoded anew")
+        barrier()
+        if not from_first(len(self._files()) == len(self.parts)):         # else it is only read
+            with locked(self.folder, wait=True) if rank == 0 else contextlib.nullcontext():
+                if rank == 0:
+                    self._prepare()
+                barrier()
+                files = self._files()
+                self._encode(dataset, rae, [self.parts[c] for c in mine if c not in files],
+                             rank, world)
+                barrier()
+        self.files = self._files()
+
+    def _files(self):
+        """{number: path} of those that are there and have the right size."""
+        found = {}
+        for path in sorted(self.folder.glob("[0-9]*-*.f16")):
+            c = int(path.name.split("-")[0])
+            if c < len(self.parts) and path.stat().st_size == self._bytes(self.parts[c]):
+                found.setdefault(c, path)
+        return found
+
+    def _bytes(self, pictures):
+        return 2 * len(pictures) * math.prod(self.shape)
+
+    def _is_whole(self, path):
+        return path.stem.endswith(f"-{zlib.crc32(path.read_bytes()):08x}")
+
+    def _prepare(self):
+        have = sum(path.stat().st_size for path in self._files().values())
+        need, free = cache_bytes(self.manifest) - have, free_bytes(self.folder)
+        if free < 1.05 * need:
+            raise UserError(f"the latents need {need / 1e9:.1f} GB but {self.folder} has "
+                            f"{free / 1e9:.1f} GB free: make room, or encode in every step with "
+                            "--cache-latents no")
+        write_json(self.folder / "manifest.json", self.manifest)          # for people to read
+
+    def _encode(self, dataset, rae, todo, rank, world):
+        started, n, flips = time.perf_counter(), sum(map(len, todo)), self.shape[0]
         with tqdm(total=n, desc="encoding", unit=" pictures", disable=rank != 0 or not todo,
                   leave=False) as bar:
-            for part, images in zip(todo, prefetch(dataset.load, todo, ahead=1)):
-                c = part.start // self.chunk
-                done[c] = 0
-                for flip in range(self.latents.shape[1]):
-                    z = encode_to_half(rae, images.flip(3) if flip else images, part)
-                    self.latents[part.start:part.stop, flip] = z.cpu().numpy()
-                self.latents.flush()
-                done[c] = self._tick(c)
-                bar.update(len(part))
+            for pictures, images in zip(todo, prefetch(dataset.load, todo, ahead=1)):
+                z = torch.stack([encode_to_half(rae, images.flip(3) if flip else images, pictures)
+                                 for flip in range(flips)], dim=1)        # (n, flips, C, h, w)
+                data = z.cpu().numpy().tobytes()
+                name = f"{pictures.start // self.part:06d}-{zlib.crc32(data):08x}.f16"
+                with write_whole(self.folder / name) as part:
+                    part.write_bytes(data)
+                bar.update(len(pictures))
         if todo:
             seconds = time.perf_counter() - started
-            say(f"encoded {n:,} pictures{' and their mirror images' * flips} in {seconds:.1f} s, "
-                f"{n / seconds:.0f} pictures/s" +
+            say(f"encoded {n:,} pictures{' and their mirror images' * (flips > 1)} in "
+                f"{seconds:.1f} s, {n / seconds:.0f} pictures/s" +
                 f" in each of {world} processes" * (world > 1) + f": {self.folder}")
-        barrier()
-
-    def _open(self, mode):
-        files = (self.folder / "latents.npy", self.folder / "done.npy")
-        return [np.load(file, mmap_mode=mode) for file in files]
-
-    def _tick(self, c):
-        return zlib.crc32(self.latents[c * self.chunk:(c + 1) * self.chunk]) + 1      # 0: to do
-
-    def _damage(self):
-        """What is wrong with the files of the cache, but for the latents' values; or None."""
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
-            latents, done = self._open("r")
-            chunks = -(-self.manifest["shape"][0] // self.chunk)
-            if (manifest, list(latents.shape), latents.dtype, done.shape, done.dtype) != (
-                    self.manifest, self.manifest["shape"], np.float16, (chunks,), np.uint64):
-                return "other settings, shapes or types than its name says"
-        except PermissionError:
-            raise
-        except Exception as error:                            # a file may hold anything
-            return one_line(error)
-
-    def _create(self):
-        """An empty cache, made elsewhere and renamed: nobody meets half of one."""
-        shape, size = tuple(self.manifest["shape"]), cache_bytes(self.manifest)
-        part = part_of(self.folder)
-        sweep(part.parent)
-        part.mkdir(parents=True)
-        try:
-            free = free_bytes(part)
-            if free < size * 1.05:
-                raise UserError(f"the latents need {size / 1e9:.1f} GB but {part.parent} has "
-                                f"{free / 1e9:.1f} GB free: make room, or encode in every step "
-                                "with --cache-latents no")
-            for name, dtype, shape in (("latents", np.float16, shape),
-                                       ("done", np.uint64, (-(-shape[0] // self.chunk),))):
-                np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, shape)
-                reserve(part / f"{name}.npy")
-            write_json(part / "manifest.json", self.manifest)
-            part.rename(self.folder)
-        except OSError:
-            if not self.folder.exists():                      # else another run was faster
-                raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
 
     def __len__(self):
         return len(self.labels)
 
     def batch(self, indices, flips):
         """indices (b,), flips (b,) 0 or 1 -> latents (b, C, h, w) float16, labels (b,)."""
-        return torch.from_numpy(self.latents[indices, flips]), self.labels[indices]
+        flips_of_each, *shape = self.shape
+        found, size = np.empty((len(indices), *shape), np.float16), 2 * math.prod(shape)  # bytes
+        for latent, i, flip in zip(found, np.asarray(indices), np.asarray(flips)):
+            part, at = divmod(int(i), self.part)
+            with open(self.files[part], "rb", buffering=0) as file:
+                file.seek((at * flips_of_each + int(flip)) * size)
+                if file.readinto(memoryview(latent).cast("B")) != size:
+                    raise UserError(f"{self.files[part]} has become shorter: remove it")
+        return torch.from_numpy(found), self.labels[indices]
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -630,6 +555,18 @@ def write_reconstruction(rae, file, path):
         Image.fromarray(both.numpy()).save(part, format="png")
     error = (original.double() - decoded.double()).square().mean().item()
     return 10 * math.log10(255 ** 2 / error) if error else math.inf
+
+
+def rae_of(path):
+    """What the checkpoint at `path` keeps of its autoencoder."""
+    return load_checkpoint(path, check_rae)["rae"]
+
+
+def check_rae(checkpoint):
+    """Returns the latents' shape; None for an autoencoder that is fetched: it is looked at then."""
+    saved = checkpoint["rae"]
+    if saved["name"] not in AUTOENCODERS or not AUTOENCODERS[saved["name"]].fetch:
+        return load_rae(saved).latent_shape
 
 
 @user_errors
@@ -651,8 +588,7 @@ def main(argv=None):
         if path.exists() and Path(file).exists() and path.samefile(file):
             raise UserError(f"--out: {path} is the picture itself, and would be overwritten")
     device = setup(args.device)[2]
-    source = load_checkpoint(args.ckpt)["rae"] if args.ckpt else "dinov2-b"
-    rae = load_rae(source, device, args.weights_dir)
+    rae = load_rae(rae_of(args.ckpt) if args.ckpt else "dinov2-b", device, args.weights_dir)
     values = []
     for file, path in zip(args.images, paths):
         values.append(write_reconstruction(rae, file, path))

@@ -9,26 +9,26 @@
 Picture i has the label i mod classes and its own noise, a function of (seed, i): one seed, one
 picture, everywhere, in batches of any size and in any number of processes.
 """
+import collections
 import contextlib
-import json
-import math
+import itertools
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sphere
-from baselines import METHODS
-from common import (ArgumentParser, UserError, autocast, barrier, first_process_first, free_bytes,
-                    from_first, keyed_generator, locked, number, one_line, part_of, prefetch,
-                    printable, reserve, setup, sweep, to_uint8, user_errors, write_whole)
-from data import ENDINGS
-from rae import load_checkpoint, load_rae, network_of
+from baselines import METHODS, build_network, variant
+from rae import check_rae, load_rae
+from settings import completed
+from utils.checkpoint import check_weights, load_checkpoint
+from utils.cli import ArgumentParser, UserError, class_numbers, number, one_line, printable
+from utils.files import locked
+from utils.images import GRIDS, check_room, to_uint8, write_pictures
+from utils.processes import (autocast, first_process_first, gather, keyed_generator, prefetch,
+                             setup, user_errors)
 
 # ---- A checkpoint --------------------------------------------------------------------------------
 
@@ -41,9 +41,30 @@ def newest_checkpoint(root="out"):
     return found[-1]
 
 
+def load_run(path):
+    """The checkpoint of a run, all of it looked at. UserError: it cannot be used."""
+    return load_checkpoint(path, check_run)
+
+
+def check_run(checkpoint):
+    checkpoint["args"] = completed(checkpoint["args"])
+    model, shape = network_of(checkpoint)
+    check_weights(checkpoint, model)
+    if (found := check_rae(checkpoint)) not in (None, shape):
+        raise ValueError(f"its autoencoder has latents of {found}, the model {shape}")
+
+
+def network_of(checkpoint):
+    """Returns its network, with random weights, and the (C, h, w) of its latents."""
+    args, state = checkpoint["args"], checkpoint["model"]
+    inside = "encoder." if "encoder.pos_embed" in state else ""           # Sphere Encoder's
+    side = round(state[f"{inside}pos_embed"].shape[1] ** 0.5)
+    shape = (state[f"{inside}x_embedder.weight"].shape[1], side, side)
+    return build_network(args["method"], args["model"], shape, len(checkpoint["classes"])), shape
+
+
 def load_denoiser(checkpoint, ema, device):
-    """-> G(v, y) of a checkpoint with one EMA ("0.9995"), the "first" or the "raw" weights; which.
-    """
+    """Returns G(v, y) with one EMA ("0.9995"), the "first" or the "raw" weights; and which."""
     available = list(checkpoint["ema"])
     if ema == "first":
         ema = available[0]
@@ -52,23 +73,25 @@ def load_denoiser(checkpoint, ema, device):
                         f"{', '.join(available)} and raw")
     model, _ = network_of(checkpoint)
     model.load_state_dict(checkpoint["model"] if ema == "raw" else checkpoint["ema"][ema])
-    return partial(predict, model.to(device).eval(), {}, checkpoint["args"]["dtype"]), ema
+    return partial(predict, model.to(device), {}, checkpoint["args"]["dtype"]), ema
 
 
 def predict(model, weights, dtype, v, y, *more):
-    """G(v, y), or what more a method asks: no label dropped, under autocast. weights: in the place
-    of the model's own."""
-    keep = torch.zeros_like(y, dtype=torch.bool)
+    """G(v, y), in eval mode, under autocast. weights: in the place of the model's own."""
+    training = model.training
+    model.eval()
     with autocast(dtype, v.device):
-        return torch.func.functional_call(model, weights, (v, y, *more), {"drop": keep})
+        predicted = torch.func.functional_call(model, weights, (v, y, *more))
+    model.train(training)
+    return predicted
 
 
 def sampling_settings(run):
-    """The sampler as a run (a dict of its arguments) was set up for it: keywords of draw."""
+    """The sampler as a run (a dict of its settings) was set up for it: keywords of draw."""
     known = {"cfg_scale": run["cfg"], "gamma": run["gamma"], "noise": run["sampling_noise"],
-             "sigma": run["sigma"], "decay": run["decay"], "guidance": run["guidance"],
-             "f": sphere.spherify if run["spherify"] else sphere.full_precision, "solver": "euler"}
-    return {"method": run["method"], **{k: known[k] for k in METHODS[run["method"]].sampling}}
+             "sigma": run["sigma"], "solver": "euler"}
+    return {"method": run["method"], "spherify": run["spherify"],
+            **{name: known[name] for name in METHODS[run["method"]].sampling}}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -77,59 +100,39 @@ def draw(denoiser, rae, indices, labels, seed, steps, null_class, batch_size=50,
          **settings):
     """Pictures number `indices` (n,) of a seed, with labels (n,) -> uint8 (n, 3, S, S), on the CPU;
     with trajectory, what each step predicts: (steps, n, 3, S, S). settings: sampling_settings."""
-    batches = draw_batches(denoiser, rae, indices.split(batch_size), labels.split(batch_size), seed,
-                           steps, null_class, trajectory, **settings)
-    frames = torch.cat(list(batches), dim=1)
+    batches = list(zip(indices.split(batch_size), labels.split(batch_size)))
+    frames = torch.cat(list(draw_batches(denoiser, rae, batches, seed, steps, null_class,
+                                         trajectory, **settings)), dim=1)
     return frames if trajectory else frames[0]
 
 
-def draw_batches(denoiser, rae, indices, labels, seed, steps, null_class, trajectory,
-                 method="sphere", **settings):
-    """As draw, for lists of batches: yields (frames, n, 3, S, S) for each."""
-    def noise_of(part):                                       # drawn ahead, by a thread
-        generators = [keyed_generator("sample", seed, int(i)) for i in part]
-        draws = steps if settings.get("noise") == "fresh" else 1
-        return iter([sphere.draw_noise((len(part), *rae.latent_shape), generators, "cpu")
-                     for _ in range(draws)])
-
-    for part, y, noise in zip(indices, labels, prefetch(noise_of, indices)):
-        predictions = []
-        z = METHODS[method].sample(
-            denoiser, (len(part), *rae.latent_shape), y.to(rae.device), steps, generator=noise,
-            null_class=null_class, trajectory=predictions if trajectory else None, together=True,
-            **settings)
+def draw_batches(denoiser, rae, batches, seed, steps, null_class, trajectory=False,
+                 method="sphere", spherify=True, noise=None, **settings):
+    """As draw: yields (frames, n, 3, S, S) for each (indices, labels) of batches."""
+    if "sigma" in settings and not callable(settings["sigma"]):
+        settings["sigma"] = sphere.decay(settings["sigma"], settings.pop("gamma"))
+    drawn_ahead = prefetch(lambda batch: keyed_noise(seed, batch[0], rae.latent_shape,
+                                                     noise != "fresh", steps), batches)
+    for (indices, labels), drawn in zip(batches, drawn_ahead):
+        shape, predictions = (len(indices), *rae.latent_shape), []
+        z = variant(method, spherify).sample(
+            denoiser, shape, labels.to(rae.device), steps, null_class=null_class,
+            noise=(eps.to(rae.device) for eps in drawn), trajectory=predictions, **settings)
         if not z.isfinite().all():
             raise UserError("the sampled latents are not finite: try less guidance, or the float32 "
                             "of --device cpu")
-        shown = predictions if trajectory else [z]
-        yield torch.stack([to_uint8(rae.decode(latents)).cpu() for latents in shown])
+        yield torch.stack([to_uint8(rae.decode(latents)).cpu()
+                           for latents in (predictions if trajectory else [z])])
 
 
-def picture_grid(images, columns, captions):
-    """uint8 (n, 3, S, S) and n captions -> a PIL image. A row has them where they change."""
-    n, _, S, _ = images.shape
-    zoom, strip = -(-56 // S), 16                             # a cell has 56 pixels or more
-    cell = S * zoom
-    font = ImageFont.load_default(size=11)
-    rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
-    captioned = [r == 0 or any(captions[i] != captions[i - columns] for i in row)
-                 for r, row in enumerate(rows)]
-    size = (columns * cell, len(rows) * cell + sum(captioned) * strip)
-    grid = Image.new("RGB", size, "white")
-    canvas, top = ImageDraw.Draw(grid), 0
-    for row, with_caption in zip(rows, captioned):
-        for column, i in enumerate(row):
-            if with_caption:
-                text = printable(captions[i])
-                while canvas.textlength(text, font) > cell - 2:
-                    text = text[:-1]
-                left = column * cell + (cell - canvas.textlength(text, font)) / 2
-                canvas.text((left, top + 1), text, "black", font)
-            picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())     # (S, S, 3)
-            picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
-            grid.paste(picture, (column * cell, top + with_caption * strip))
-        top += cell + with_caption * strip
-    return grid
+def keyed_noise(seed, indices, shape, same, steps):
+    """Noise (n, *shape) without end, of each picture its own; `steps` of it are drawn at once."""
+    generators = [keyed_generator("sample", seed, int(i)) for i in indices]
+    fresh = (torch.stack([torch.randn(shape, generator=g) for g in generators])
+             for _ in itertools.count())
+    if same:
+        return itertools.repeat(next(fresh))
+    return itertools.chain(list(itertools.islice(fresh, steps)), fresh)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -151,10 +154,7 @@ def parse_args(argv):
         help="denoising steps; with guidance each is two calls")
     add("--cfg", type=number(float, 0), help="guidance scale; 1 is none")
     add("--solver", choices=("euler", "heun"), help="of flow matching; heun: two calls a step")
-    add("--guidance", choices=("linear", "rotation"),
-        help="extrapolate, or turn the prediction, its norm kept")
     add("--gamma", type=number(float, 0), help="sigma decays as (1 - t / steps) ** gamma")
-    add("--decay", choices=("power", "geometric"), help="geometric: it decays as gamma ** t")
     add("--sampling-noise", choices=("fresh", "same"),
         help="new noise at each step, or the first again")
     sigma("--sigma", type=number(float, 0), help="sigma_max, where the decay starts")
@@ -174,8 +174,8 @@ def parse_args(argv):
     folder = (args.out or "").endswith("/") or Path(args.out or "").is_dir()
     if ending not in ("", ".npz", *GRIDS) and not folder:
         parser.error(f"--out {args.out}: a file ends in .npz, {', '.join(GRIDS)}, a folder in /")
-    if args.sigmas and (args.gamma is not None or args.decay):
-        parser.error("--sigmas are the noise as it is: no --gamma and no --decay")
+    if args.sigmas and args.gamma is not None:
+        parser.error("--sigmas are the noise as it is: no --gamma")
     if args.trajectory and (args.npz or ending == ".npz"):
         parser.error("--trajectory goes into a grid or a folder, not into an npz")
     return args
@@ -186,7 +186,7 @@ def main(argv=None):
     args = parse_args(argv)
     path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     rank, world, device = setup(args.device)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_run(path)
     run, classes = checkpoint["args"], checkpoint["classes"]
     denoiser, ema = load_denoiser(checkpoint, args.ema, device)
     with first_process_first(rank):
@@ -194,141 +194,64 @@ def main(argv=None):
     rae.dtype = args.rae_dtype
 
     # The question: how many steps, which labels, and what the run was set up for.
-    steps = args.steps or run["sample_steps"]
-    if args.sigmas and len(args.sigmas) != steps - 1:
-        raise UserError(f"--sigmas has {len(args.sigmas)} values: give {steps - 1}, one for each "
-                        f"re-noising of {steps} steps")
+    steps, settings = args.steps or run["sample_steps"], sampling_settings(run)
     given = {"cfg_scale": args.cfg, "gamma": args.gamma, "noise": args.sampling_noise,
-             "sigma": args.sigmas or args.sigma, "decay": args.decay, "guidance": args.guidance,
-             "solver": args.solver}
-    given, settings = {k: v for k, v in given.items() if v is not None}, sampling_settings(run)
-    if others := given.keys() - settings.keys():
-        names = sorted("--sampling-noise" if k == "noise" else f"--{k}" for k in others)
-        raise UserError(f"{', '.join(names)}: means nothing to a run of --method {run['method']}")
-    if args.sigmas and not run["spherify"]:
-        raise UserError("--sigmas: without the sphere sampling starts at sigma_max: give --sigma")
+             "sigma": args.sigmas or args.sigma, "solver": args.solver}
+    given = {name: value for name, value in given.items() if value is not None}
+    check_given(given, settings, steps)
     settings |= given
-    if settings.get("decay") == "geometric" and settings["gamma"] > 1:
-        raise UserError(f"--decay geometric: with gamma {settings['gamma']:g} the noise would grow "
-                        "from step to step: give --gamma, 1 or less")
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
-              **{k: v for k, v in settings.items() if k != "f"}, "seed": args.seed,
+              **settings, "seed": args.seed,
               "classes": [classes[label] for label in wanted] if args.classes else "all",
               "balance": "label = index mod classes"}
+    if args.sigmas:
+        settings["sigma"] = lambda t, T: args.sigmas[t - 1]
+        del settings["gamma"]
     num = args.num or (min(len(wanted), 10) if args.trajectory else
                        40 if len(wanted) > 40 else len(wanted) * min(4, 40 // len(wanted)))
     nfe = (steps * (1 if settings["cfg_scale"] == 1 else 2)
            * (2 if settings.get("solver") == "heun" else 1))
 
-    # Every process draws its share into one file on the disk that all see.
+    # The processes take the batches in turn; the first one writes the pictures in their order.
     out = Path(args.out or path.parent / ("samples.npz" if args.npz else "sample.png"))
     shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
     names = check_room(out, shape, args.out)
-    labels = torch.tensor(wanted)[torch.arange(num) % len(wanted)]
-    alone = locked(out) if names and rank == 0 else contextlib.nullcontext()
-    with alone, shared_array(out, shape, rank) as pictures:
-        started = time.perf_counter()
-        starts = range(rank * args.batch_size, num, world * args.batch_size)
-        parts = [torch.arange(start, min(start + args.batch_size, num)) for start in starts]
-        batches = draw_batches(denoiser, rae, parts, [labels[part] for part in parts], args.seed,
-                               steps, len(classes), args.trajectory, **settings)
-        for part, frames in zip(tqdm(parts, desc="sampling", unit="batch",
-                                     disable=rank != 0 or len(parts) < 2), batches):
-            pictures[:, part] = frames.numpy()
-        pictures.flush()
-        barrier()
-        seconds = time.perf_counter() - started
-        if rank == 0:
-            write_pictures(out, pictures, labels, classes, len(wanted), recipe, names)
-    if rank == 0:
-        drawn = [printable(classes[label]) for label in wanted[:num]]
-        print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
-              f"{num} pictures of {len(drawn)} classes in turn: "
-              f"{', '.join(drawn[:10])}{', ...' * (len(drawn) > 10)}\n"
-              f"{steps} steps of {run['method']}, guidance {settings['cfg_scale']:g}: "
-              f"NFE {nfe} a picture, {seconds:.2f} s, {num / seconds:.1f} images/s on "
-              f"{world} x {device.type}\n{out}")
+    started, indices = time.perf_counter(), torch.arange(num)
+    labels = torch.tensor(wanted)[indices % len(wanted)]
+    batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size)))
+    drawn = draw_batches(denoiser, rae, batches[rank::world], args.seed, steps, len(classes),
+                         args.trajectory, **settings)
+    rounds = tqdm(range(-(-len(batches) // world)), desc="sampling", unit="batch",
+                  disable=rank != 0 or len(batches) < 2)
+    pictures = (frames.numpy() for _ in rounds for frames in gather(next(drawn, None))
+                if frames is not None)
+    if rank > 0:
+        return collections.deque(pictures, maxlen=0)          # empty: it only takes part
+    with locked(out) if names else contextlib.nullcontext():
+        write_pictures(out, pictures, shape, labels, classes, len(wanted), recipe, names)
+    seconds, drawn = time.perf_counter() - started, [printable(classes[c]) for c in wanted[:num]]
+    print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
+          f"{num} pictures of {len(drawn)} classes in turn: "
+          f"{', '.join(drawn[:10])}{', ...' * (len(drawn) > 10)}\n"
+          f"{steps} steps of {run['method']}, guidance {settings['cfg_scale']:g}: "
+          f"NFE {nfe} a picture, {seconds:.2f} s, {num / seconds:.1f} images/s on "
+          f"{world} x {device.type}\n{out}")
 
 
-def class_numbers(wanted, classes):
-    """Names or numbers of classes -> their labels. A name wins; what could be both is an error."""
-    labels = []
-    for name in wanted:
-        alike = [c for c in classes if name.isdecimal() and c.isdecimal() and int(c) == int(name)]
-        if name in classes:
-            labels.append(classes.index(name))
-        elif alike:
-            raise UserError(f"--classes {name}: is it the name {alike[0]}, or the number of "
-                            f"{classes[int(name) % len(classes)]}? Write the name")
-        elif name.isdecimal() and len(name) < 10 and int(name) < len(classes):
-            labels.append(int(name))
-        else:
-            shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-            raise UserError(f"--classes {one_line(name, 30)}: there is no such class; there are "
-                            f"{len(classes)}: {shown}")
-    return labels
-
-
-GRIDS = (".png", ".jpg", ".jpeg")
-
-
-def check_room(out, shape, name):
-    """-> the files' names, if `out` is a folder. UserError: no room, or pictures of another run."""
-    size = math.prod(shape)
-    if free_bytes(out.parent) < 2.1 * size:                   # the temporary file and what it makes
-        raise UserError(f"{out} needs {2.1 * size / 1e9:,.1f} GB, but "
-                        f"{free_bytes(out.parent) / 1e9:.1f} GB are free there")
-    if out.suffix.lower() in (".npz", *GRIDS) and not (name or "").endswith("/"):
-        return None
-    names = [[f"{i:06d}{f'-step{frame + 1}' * (shape[0] > 1)}.png" for i in range(shape[1])]
-             for frame in range(shape[0])]
-    others = {file.name for file in out.glob("*") if file.suffix.lower() in ENDINGS}
-    if others := others.difference(*names):
-        raise UserError(f"{out} holds {len(others)} other pictures, {min(others)} first, which "
-                        "would be scored with the new ones: give a new folder")
-    return names
-
-
-@contextlib.contextmanager
-def shared_array(out, shape, rank):
-    """A uint8 array in a temporary file beside `out`, the same one in every process."""
-    part = Path(from_first(str(part_of(f"{out}.npy"))))
-    try:
-        if rank == 0:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            sweep(part.parent)
-            np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-            reserve(part)
-        barrier()
-        yield np.load(part, mmap_mode="r+")
-    finally:
-        if rank == 0:
-            part.unlink(missing_ok=True)
-
-
-def write_pictures(out, pictures, labels, classes, columns, recipe, names):
-    """pictures (frames, n, 3, S, S) -> an npz, a grid, or a folder of files with these names."""
-    frames, n = pictures.shape[:2]
-    if names:
-        def write(job):
-            with write_whole(out / job[0]) as part:
-                Image.fromarray(job[1].transpose(1, 2, 0)).save(part, "png")
-
-        with ThreadPoolExecutor() as pool:
-            for frame in range(frames):
-                list(pool.map(write, zip(names[frame], pictures[frame])))
-    elif out.suffix.lower() == ".npz":
-        with write_whole(out) as part, open(part, "wb") as file:
-            np.savez(file, arr_0=pictures[0].transpose(0, 2, 3, 1), labels=labels.numpy(),
-                     classes=np.array(classes), recipe=json.dumps(recipe))
-    else:
-        columns = n if frames > 1 else min(columns, 10)
-        captions = [classes[label] for label in labels] * frames
-        images = torch.from_numpy(np.array(pictures)).flatten(0, 1)
-        with write_whole(out) as part:
-            kind = "png" if out.suffix.lower() == ".png" else "jpeg"
-            picture_grid(images, columns, captions).save(part, kind, quality=95)
+def check_given(given, settings, steps):
+    """UserError: flags that mean nothing to the run's method, or that do not fit together."""
+    if others := given.keys() - settings.keys():
+        names = sorted("--sampling-noise" if k == "noise" else f"--{k}" for k in others)
+        raise UserError(f"{', '.join(names)}: means nothing to a run of --method "
+                        f"{settings['method']}")
+    if isinstance(given.get("sigma"), list):
+        if len(given["sigma"]) != steps - 1:
+            raise UserError(f"--sigmas has {len(given['sigma'])} values: give {steps - 1}, one for "
+                            f"each re-noising of {steps} steps")
+        if not settings["spherify"]:
+            raise UserError("--sigmas: without the sphere sampling starts at sigma_max: give "
+                            "--sigma")
 
 
 if __name__ == "__main__":

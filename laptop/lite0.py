@@ -6,6 +6,7 @@ network's last features are also a space in which fid.py compares small sets. li
 EfficientNet-Lite0 (19 MB, from the Hub or a wheel), dinov2-s is another of the kind.
 """
 import math
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (UserError, check_moments, first_not_finite, folder_by_hash, from_first,
-                    from_hub, global_batch, keyed_generator, load_renamed, load_tensors, one_line,
-                    resize, save_tensors, to_float, to_uint8, verify, write_whole)
 from laptop import toy
+from utils.checkpoint import (check_moments, first_not_finite, load_renamed, load_tensors,
+                              save_tensors)
+from utils.cli import UserError, one_line
+from utils.files import folder_by_hash, from_hub, locked, verify, write_whole
+from utils.images import resize, to_float, to_uint8
+from utils.processes import from_first, global_batch, keyed_generator
 
 # What differs from the paper's settings, for photographs of 64 x 64, L = 4,096.
 SETTINGS = {**toy.SETTINGS, "model": "SiT-XS/1", "steps": 1400, "lr": 4e-3, "alpha_max": 82.0,
@@ -149,7 +153,7 @@ class ResBlock(nn.Module):
 
 
 def picture_sides(name, image_size):
-    """As rae.picture_sides."""
+    """-> the side that pictures are brought to, and the least that they may have."""
     if image_size < 8 or image_size // (image_size // 8) != 8:
         raise UserError(f"--image-size {image_size} does not divide into the 8 x 8 pixels of a "
                         f"latent of {name}: take a multiple of 8")
@@ -157,7 +161,7 @@ def picture_sides(name, image_size):
     return max(image_size, side), side // 8
 
 
-def build(name, channels, image_size, network=None):
+def build(name, channels, image_size, patch_size=None, network=None):
     """network: as pretrained_network; without it a random one, whose weights are to be loaded."""
     if network is None:
         import timm
@@ -172,14 +176,14 @@ def build(name, channels, image_size, network=None):
 
 
 @torch.no_grad()
-def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None):
+def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None, patch_size=None):
     """PCA fitted on pictures (N, 3, S, S), uint8, of this recipe; a decoder yet to be trained."""
     if len(images) < 50:
         raise UserError(f"{len(images)} pictures are too few for --rae {name}: it wants 50 or more")
     network = pretrained_network(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)                               # of the decoder's first weights
-        parts = build(name, channels, image_size, network)
+        parts = build(name, channels, image_size, network=network)
     encoder = parts["encoder"].to(device)
     x = torch.cat([encoder.features(to_float(part.to(device))).cpu() for part in images.split(64)])
     x = x.double().transpose(0, 1).flatten(1)                 # (width, N h w)
@@ -219,7 +223,8 @@ def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True
     order = torch.randperm(N, generator=keyed_generator("held out", seed)).numpy()
     held_out, others = np.split(order[:20_000], [min(N // 10, 256)])
     if rank == 0:
-        optimise(rae, dataset, latents, others, folder / "decoder.pt", manifest, save_every)
+        with locked(folder, wait=True):
+            optimise(rae, dataset, latents, others, folder / "decoder.pt", manifest, save_every)
     state = {key: value.cpu() for key, value in rae.decoder.state_dict().items()}
     rae.decoder.load_state_dict(from_first(state))
     rae.requires_grad_(False)
@@ -320,10 +325,15 @@ def report(rae, dataset, latents, held_out, seed, path):
           f"noise of 0.3 on their latents; some, below the originals: {path}")
 
 
+# As rae.Autoencoder has it.
+AUTOENCODERS = {name: dict(build=partial(build, name), fit=partial(fit, name),
+                           sides=partial(picture_sides, name), train_decoder=train_decoder,
+                           settings=SETTINGS, flags=("decoder_steps",)) for name in PRETRAINED}
+
 # ---- The feature space ---------------------------------------------------------------------------
 
 def networks(device="cpu"):
-    """EfficientNet-Lite0 for fid.Features: uint8 (b, 3, H, W) -> its last features (b, 1280)."""
+    """EfficientNet-Lite0 for report.Features: uint8 (b, 3, H, W) -> its last features (b, 1280)."""
     net = pretrained_network("lite0").to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()

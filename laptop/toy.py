@@ -1,7 +1,7 @@
 """The embedded data set, which makes everything run without a download: not the paper's.
 
 Ten species of flowers, drawn by formula; an autoencoder for them, linear and in closed form; and
-two feature spaces in which fid.py compares them.
+two feature spaces in which fid.py and laptop/report.py compare them.
 """
 import hashlib
 import math
@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import keyed_generator, to_float
+from utils.images import to_float
+from utils.processes import keyed_generator
 
 # What differs from the paper's settings. A latent has about 1,000 numbers in place of 196,608: a
 # smaller angle hides the picture. Minutes in place of days: the EMA is as much shorter as the run,
@@ -125,9 +126,9 @@ def draw_flowers(labels, variation, image_size):
     return image.clamp(0, 255).round().to(torch.uint8)
 
 
-# ---- The autoencoder. Both functions return the arguments of rae.RAE -----------------------------
+# ---- The autoencoder. build and fit return the arguments of rae.RAE ------------------------------
 
-def build(channels, patch_size, image_size):
+def build(channels, image_size, patch_size):
     D = 3 * patch_size ** 2                                   # numbers in a patch
     return {"encoder": nn.Sequential(Patches(patch_size), nn.Conv2d(D, channels, 1)),
             "decoder": nn.Sequential(nn.Conv2d(channels, D, 3, padding=1),
@@ -146,7 +147,7 @@ class Patches(nn.PixelUnshuffle):
 
 
 @torch.no_grad()
-def fit(images, patch_size=16, channels=96, latent_noise=0.2):
+def fit(images, patch_size=16, channels=96, latent_noise=0.2, **of_the_run):
     """Fitted on training pictures (N, 3, S, S), uint8 or in [0, 1]: in closed form, float64 inside.
 
     Encoder: the first principal components of patches, half whitened. Decoder: the linear map from
@@ -158,7 +159,7 @@ def fit(images, patch_size=16, channels=96, latent_noise=0.2):
     p = patch_size
     D = 3 * p * p
     channels = min(channels, D)
-    parts = build(channels, p, S)
+    parts = build(channels, S, p)
     encoder, decoder = parts["encoder"], parts["decoder"]
 
     # Encoder.
@@ -199,10 +200,20 @@ def fit(images, patch_size=16, channels=96, latent_noise=0.2):
     return parts
 
 
+def pictures_to_fit(image_size, patch_size):
+    return -(-20_000 // max(1, image_size // patch_size) ** 2)            # 20,000 patches
+
+
+# As rae.Autoencoder and data.DataSet have it.
+AUTOENCODER = dict(build=build, fit=fit, pictures_to_fit=pictures_to_fit, settings=SETTINGS,
+                   flags=("rae_patch",), features="toy")
+DATASET = dict(make=ToyFlowers, image_size=60,
+               held_out=lambda image_size: ToyFlowers(image_size, "test"))
+
 # ---- The feature spaces --------------------------------------------------------------------------
 
 def networks(images=None, labels=None, steps=None, batch_size=64):
-    """Two networks for fid.Features, made on training pictures uint8 (N, 3, S, S), labels (N,); if
+    """Two networks for report.Features, made on pictures uint8 (N, 3, S, S) with labels (N,); if
     none are given, on the drawn flowers.
 
     classifier: the last 64 features of a small classifier of the labels at 32 x 32, each brought to

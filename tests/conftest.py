@@ -47,12 +47,21 @@ def trained(tmp_path_factory):
 
 
 def train_args(folder, *more):
-    """Arguments of the smallest honest run: 2 x 2 tokens, float32, the CPU."""
-    return ["--dataset", str(folder / "photos"), "--image-size", "32", "--batch-size", "8",
+    """Arguments of the smallest honest run: pictures in 2 x 2 patches, float32, the CPU."""
+    return ["--dataset", str(folder / "photos"), "--image-size", "32", "--rae", "pixels", "--rae-patch", "16",
+            "--model", "SiT-T/1", "--batch-size", "8", "--lr", "2e-3", "--clip", "1", "--dtype", "float32",
+            "--ema-decay", "0.995", "0.98", "--alpha-max", "75", "--cfg", "1.2", "--sampling-noise", "same",
             "--device", "cpu",
             "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"),
             "--log-every", "2",
             "--sample-every", "1000", "--save-every", "1000", "--report", "0", *more]
+
+
+def fit_rae(name, images, patch_size=16, **settings):
+    """One of rae.AUTOENCODERS, fitted on uint8 pictures (N, 3, S, S)."""
+    import rae
+    settings = {"image_size": images.shape[2], "seed": 0, "device": "cpu", "recipe": None, **settings}
+    return rae.RAE(**rae.AUTOENCODERS[name].fit(images, patch_size=patch_size, **settings))
 
 
 def forked(target, *args):

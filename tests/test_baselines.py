@@ -10,7 +10,7 @@ import baselines
 import sample
 import sphere
 import train
-from conftest import equal, make_photos, train_args
+from conftest import equal, fit_rae, make_photos, train_args
 
 Y, SHAPE = torch.tensor([0, 1, 2]), (3, 4, 2, 2)
 POINT = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(7)).expand(SHAPE)
@@ -18,6 +18,10 @@ POINT = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(7)).expa
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def noise(seed=0):
+    return sphere.fresh_noise(SHAPE, generator(seed))
 
 
 def batch(n=6, dtype=torch.float64):
@@ -49,19 +53,19 @@ def test_losses_vanish_where_the_answer_is_exact():
     (baselines.meanflow_sample, 1, {}), (baselines.meanflow_sample, 4, {}),
     (baselines.meanflow_sample, 4, {"cfg_scale": 2.0, "null_class": 3})])
 def test_samplers_return_the_point(sampler, steps, more):
-    found = sampler(exact_velocity, SHAPE, Y, steps, generator=generator(), **more)
+    found = sampler(exact_velocity, SHAPE, Y, steps, noise=noise(), **more)
     assert torch.allclose(found, POINT, atol=1e-5)
 
 
 def test_the_sphere_returns_the_point_in_one_step():
-    assert torch.equal(sphere.sample(lambda v, y: POINT, SHAPE, Y, 1, generator=generator()), POINT)
+    assert torch.equal(sphere.sample(lambda v, y: POINT, SHAPE, Y, 1, noise=noise()), POINT)
 
 
 def test_heun_is_of_second_order():
     """dx/dt = -x has the solution e^t x(1) at time 1 - t: errors by halves and by quarters."""
     def errors(solver):
         trajectories = (baselines.flow_sample(lambda x, y, at: -x.double(), SHAPE, Y, steps, solver=solver,
-                                              generator=generator()) for steps in (20, 40))
+                                              noise=noise()) for steps in (20, 40))
         exact = torch.randn(SHAPE, generator=generator()).double() * math.e
         return [(found - exact).abs().max().item() for found in trajectories]
     for solver, ratio in (("euler", 2), ("heun", 4)):
@@ -69,7 +73,7 @@ def test_heun_is_of_second_order():
         assert coarse / fine == pytest.approx(ratio, rel=0.05)
     calls = []
     baselines.flow_sample(lambda x, y, at: calls.append(at[0].item()) or x, SHAPE, Y, 2, solver="heun",
-                          generator=generator())
+                          noise=noise())
     assert calls == [1.0, 0.5, 0.5, 0.0]
 
 
@@ -79,18 +83,19 @@ def test_guidance_and_the_times_that_are_told():
         return y.view(-1, 1, 1, 1) * torch.ones_like(x)
     told = []
     start = torch.randn(SHAPE, generator=generator())
-    found = baselines.flow_sample(denoiser, SHAPE, Y, 2, 2.0, generator=generator(), null_class=9)
+    found = baselines.flow_sample(denoiser, SHAPE, Y, 2, 2.0, noise=noise(), null_class=9)
     assert torch.allclose(found, start - (9 + 2 * (Y.view(-1, 1, 1, 1) - 9)), atol=1e-5)
     assert told[1] == ([0, 1, 2, 9, 9, 9], [[0.5]] * 6)
     told.clear()
-    baselines.meanflow_sample(denoiser, SHAPE, Y, 2, generator=generator())
+    baselines.meanflow_sample(denoiser, SHAPE, Y, 2, noise=noise())
     assert [at[0] for _, at in told] == [[1.0, 0.5], [0.5, 0.5]]
 
 
 def network(num_times, hidden_size=32):
     torch.manual_seed(0)
+    times = {"kind": baselines.TimedSiT, "num_times": num_times} if num_times else {}
     net = baselines.SiT_models["SiT-T/1"](input_size=2, in_channels=4, hidden_size=hidden_size, depth=2,
-                                          num_heads=2, num_classes=3, num_times=num_times).double().eval()
+                                          num_heads=2, num_classes=3, **times).double().eval()
     for p in net.parameters():                                # nothing at its zero start
         p.data.add_(0.1 * torch.randn(p.shape, generator=generator(3), dtype=p.dtype))
     return net
@@ -163,8 +168,8 @@ def test_sphere_encoder_returns_the_picture(cfg_scale, steps):
     pictures, trajectory = torch.randn(3, 4, 2, 2, generator=generator(5)), []
     exact = Exact(torch.cat([pictures, pictures[:1]]))
     y = torch.tensor([1, 2, 0])
-    found = baselines.sphere_encoder_sample(exact, SHAPE, y, steps, cfg_scale, generator=generator(), null_class=3,
-                                            trajectory=trajectory, sigma=2.0)
+    found = baselines.sphere_encoder_sample(exact, SHAPE, y, steps, cfg_scale, sphere.decay(2.0), noise(), null_class=3,
+                                            trajectory=trajectory)
     expected = pictures[:1] + cfg_scale * (pictures[y] - pictures[:1])
     assert torch.allclose(found, expected, atol=1e-6) and len(trajectory) == steps
     assert exact.calls == (["decoder", "encoder"] * steps)[:-1]             # n decoders, n - 1 encoders
@@ -186,12 +191,19 @@ def test_sphere_encoder_losses_by_hand():
 
 
 def test_pixels_are_the_picture(photos):
-    from rae import fit_rae
     images = torch.rand(2, 3, 12, 12, generator=generator())
     rae = fit_rae("pixels", images, patch_size=4)
     z = rae.encode(images)
     assert z.shape == (2, 48, 3, 3) and torch.allclose(rae.decode(z), images, atol=1e-6)
     assert abs(z).max() <= 1
+
+
+def of_method(folder, method, *more):
+    """train_args without what means nothing to the method."""
+    argv = train_args(folder, "--method", method, *more)
+    for flag in ("--alpha-max", "--sampling-noise") if method != "sphere-encoder" else ():
+        del argv[argv.index(flag):argv.index(flag) + 2]
+    return argv
 
 
 # ---- The network and the run ---------------------------------------------------------------------
@@ -202,22 +214,19 @@ def test_the_network_of_the_paper_is_told_no_time():
     told, at = network(2), torch.tensor([[0.2, 0.1], [0.9, 0.0]]).double()
     one, other = told(x, Y[:2], at), told(x, Y[:2], at.flip(1))
     assert not torch.allclose(one, other)
-    for net, times in ((net, at), (told, at[:, :1]), (told, None)):
-        with pytest.raises(ValueError, match="zip"):
-            net(x, Y[:2], times)
+    for net, more in ((net, [at]), (told, [at[:, :1]]), (told, [])):
+        with pytest.raises((ValueError, TypeError), match="zip|argument"):
+            net(x, Y[:2], *more)
 
 
-MORE = {"flow": [], "meanflow": [], "sphere-encoder": ["--rae-patch", "16"]}
-
-
-@pytest.mark.parametrize("method", MORE)
+@pytest.mark.parametrize("method", ["flow", "meanflow", "sphere-encoder"])
 def test_a_run_resumed_equals_one_uninterrupted(method, photos, tmp_path):
     def run(name, *steps):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "photos").symlink_to(photos)
         for n in steps:
-            train.main(train_args(folder, "--steps", n, "--method", method, *MORE[method]))
+            train.main(of_method(folder, method, "--steps", n))
         return torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)
     whole, resumed = run("whole", "4"), run("resumed", "2", "4")
     assert equal(whole["model"], resumed["model"]) and equal(whole["ema"], resumed["ema"])
@@ -234,7 +243,7 @@ def test_a_run_resumed_equals_one_uninterrupted(method, photos, tmp_path):
     ("--no-spherify means nothing to --method meanflow", ["--method", "meanflow", "--no-spherify"]),
     ("--reconstruct means nothing to --method sphere-encoder", ["--method", "sphere-encoder", "--reconstruct", "both"]),
     ("--sigma means nothing to --method flow", ["--method", "flow", "--sigma", "3"]),
-    ("works on pictures: not --rae toy", ["--method", "sphere-encoder", "--rae", "toy"]),
+    ("works on pictures: not --rae dinov2-b", ["--method", "sphere-encoder", "--rae", "dinov2-b"]),
     ("differentiates forward", ["--method", "meanflow", "--compile"]),
     ("invalid choice: 'diffusion'", ["--method", "diffusion"])])
 def test_flags_that_a_method_does_not_know(message, argv, tmp_path, monkeypatch, capsys):
@@ -244,20 +253,84 @@ def test_flags_that_a_method_does_not_know(message, argv, tmp_path, monkeypatch,
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_noise_that_would_grow_is_refused(trained, capsys):
-    ckpt = str(trained / "ckpt.pt")
-    with pytest.raises(SystemExit) as stop:                   # the run's gamma is 1.5
-        sample.main(["--ckpt", ckpt, "--decay", "geometric", "--device", "cpu"])
-    assert stop.value.code and "with gamma 1.5 the noise would grow" in capsys.readouterr().err
-    sample.main(["--ckpt", ckpt, "--decay", "geometric", "--gamma", "0.7", "--guidance", "rotation", "--num", "3",
-                 "--device", "cpu"])
-
-
 def test_sampling_flags_that_a_method_does_not_know(tmp_path, capsys):
     make_photos(tmp_path / "photos", each=2)
-    train.main(train_args(tmp_path, "--steps", "1", "--method", "flow"))
+    train.main(of_method(tmp_path, "flow", "--steps", "1"))
     ckpt = str(tmp_path / "out" / "run" / "ckpt.pt")
     for flags, name in ((["--gamma", "2"], "gamma"), (["--sigmas", "2"], "sigma"), (["--sampling-noise", "same"], "sampling-noise")):
         with pytest.raises(SystemExit) as stop:
             sample.main(["--ckpt", ckpt, "--steps", "2", *flags])
         assert stop.value.code == 2 and f"--{name}: means nothing to a run of --method flow" in capsys.readouterr().err
+
+
+# ---- The paper's own alternatives (table 3) ------------------------------------------------------
+
+def test_expected_uniform_levels():
+    n = 200_000
+    hi, lo = baselines.uniform_pair(n, 45.0, 89.0, 0.0, generator())         # tan 45 = 1: sigma is r
+    assert (hi >= lo).all() and hi.shape == lo.shape == (n,)
+    for found, expected in ((hi, 2 / 3), (lo, 1 / 3)):
+        assert abs(found.double().mean() - expected) < 4 * found.std() / math.sqrt(n)
+
+
+def test_sphere_encoder_levels_are_stratified():
+    n = 10_000
+    hi, lo = baselines.stratified_pair(n, 45.0, 89.0, 0.0, generator())
+    middles = torch.arange(n) + 0.5
+    # one in each n-th, but for rounding
+    assert ((hi * n).sort().values - middles).abs().max() < 0.5 + 2e-3
+    assert abs(hi.double().mean() - 0.5) < 1e-4 and abs(lo.double().mean() - 0.125) < 0.004
+    assert (lo <= hi / 2).all()
+    assert abs(torch.corrcoef(torch.stack([hi, torch.arange(n)]))[0, 1]) < 0.05                  # in no order
+
+
+@pytest.mark.parametrize("name", baselines.NOISE)
+def test_every_distribution_has_the_mix(name):
+    hi, lo = baselines.NOISE[name].pair(50_000, alpha_max_deg=75.0, alpha_mix_deg=85.0, mix_prob=0.3,
+                                        generator=generator())
+    low, high = math.tan(math.radians(75)), math.tan(math.radians(85))
+    assert abs((hi > low).double().mean() - 0.3) < 4 * math.sqrt(0.21 / 50_000)
+    assert hi.max() <= high and (lo <= low).all() and (lo <= hi).all()
+
+
+def test_eq_2_on_both_levels():
+    z, eps = (torch.randn(4, 6, 4, 4, generator=generator(s)) for s in (0, 1))
+    hi, lo, y = torch.full((4,), 2.0), torch.full((4,), 0.5), torch.arange(4)
+    plain, (z_hi, z_lo) = sphere.training_losses(lambda v, y: 0.5 * v, z, y, hi, lo, eps)
+    losses, _ = baselines.variant("sphere", reconstruct="both").training_losses(lambda v, y: 0.5 * v, z, y, hi, lo, eps)
+    assert losses["reconstruction"] == (sphere.reconstruction_loss(z_hi, z) + sphere.reconstruction_loss(z_lo, z)) / 2
+    assert losses["consistency"] == plain["consistency"] and losses.keys() == plain.keys()
+
+
+def test_without_the_sphere_noise_is_added_and_no_more():
+    z, eps = (torch.randn(2, 4, 2, 2, generator=generator(s)) for s in (0, 1))
+    hi, lo, y, seen = torch.tensor([3.0, 5.0]), torch.tensor([0.5, 1.0]), torch.arange(2), []
+
+    def denoiser(v, y):
+        seen.append(v)
+        return 0.5 * v
+    flat = baselines.variant("sphere", spherify=False)
+    losses, _ = flat.training_losses(denoiser, z, y, hi, lo, eps, eps)
+    z_hi, z_lo = z + hi.view(2, 1, 1, 1) * eps, z + lo.view(2, 1, 1, 1) * eps
+    assert torch.equal(seen[0], torch.cat([z_hi, z_lo]))
+    assert torch.equal(seen[1], 0.5 * z_hi + hi.view(2, 1, 1, 1) * eps)
+    assert losses["reconstruction"] == sphere.reconstruction_loss(0.5 * z_lo, z)
+    assert losses["consistency"] == sphere.consistency_loss(0.5 * z_hi, 0.5 * z_lo)
+    assert losses["latent_consistency"].item() == pytest.approx(
+        (1 - torch.cosine_similarity(0.5 * seen[1].flatten(1), 0.5 * z_hi.flatten(1))).mean().item(), abs=1e-6)
+    seen.clear()
+    start = torch.randn(z.shape, generator=generator(3))
+    found = flat.sample(denoiser, z.shape, y, 2, sigma=sphere.decay(7.0), noise=iter([start, start]))
+    assert torch.equal(seen[0], 7 * start) and torch.equal(seen[1], 3.5 * start + 3.5 * start)
+    assert torch.equal(found, 0.5 * seen[1])
+
+
+def test_forms_of_the_decay():
+    """The noise that a denoiser of zeros sees, before it is projected, is sigma_t itself."""
+    def sigmas(gamma):
+        seen, start = [], torch.ones(1, 4, 2, 2)
+        baselines.flat_sample(lambda v, y: seen.append(v) or torch.zeros_like(v), start.shape, torch.zeros(1).long(),
+                              4, sigma=sphere.decay(2.0, gamma), noise=iter([start] * 4))
+        return [(v / seen[0]).mean().item() for v in seen[1:]]
+    assert sigmas(1.0) == pytest.approx([0.75, 0.5, 0.25])
+    assert sigmas(2.0) == pytest.approx([0.75 ** 2, 0.5 ** 2, 0.25 ** 2])

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import data
-from common import UserError, file_hash
-from data import download, load_dataset, unpack
+from data import load_dataset
+from utils.cli import UserError
+from utils.files import download, file_hash, unpack
 
 BYTES = np.random.default_rng(0).bytes(100_000)
 PINS = {"size": len(BYTES), "sha256": hashlib.sha256(BYTES).hexdigest(),
@@ -30,7 +31,7 @@ def test_a_download_is_verified_and_not_repeated(url, server, tmp_path):
     assert download(url, path, **PINS) == path and path.read_bytes() == BYTES
     assert download(url, path, **PINS) == path and len(server.ranges) == 1
     assert download(f"file://{path}", tmp_path / "copy", **PINS).read_bytes() == BYTES
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "deep", "web"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["copy", "deep", "web"]
 
 
 @pytest.mark.parametrize("resumes", [True, False])
@@ -68,7 +69,7 @@ def test_a_whole_part_is_only_renamed(url, server, tmp_path):
 def test_another_file_than_expected_is_refused(url, tmp_path, pins, message):
     with pytest.raises(UserError, match=message):
         download(url, tmp_path / "file.bin", **pins)
-    assert [p.name for p in tmp_path.iterdir()] == ["web"]
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["web"]
     (tmp_path / "file.bin").write_bytes(BYTES)                   # by hand: refused, but not removed
     with pytest.raises(UserError, match=message):
         download(url, tmp_path / "file.bin", **pins)
@@ -114,7 +115,7 @@ def test_unpack(tmp_path, kind):
     unpack(archive(tmp_path / f"a.{kind}", members), tmp_path, "jpg")
     assert (tmp_path / "jpg" / "1.jpg").read_bytes() == b"one"
     assert (tmp_path / "jpg" / "deep" / "2.jpg").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"a.{kind}", "jpg"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == [f"a.{kind}", "jpg"]
 
 
 @pytest.mark.parametrize("kind,members", [
@@ -129,8 +130,8 @@ def test_archives_that_are_not_trusted(tmp_path, kind, members):
     folder.mkdir()
     with pytest.raises(UserError, match=f"a.{kind} (cannot be unpacked|has no folder jpg)"):
         unpack(archive(folder / f"a.{kind}", members), folder, "jpg")
-    assert [p.name for p in folder.iterdir()] == [f"a.{kind}"]
-    assert [p.name for p in tmp_path.iterdir()] == ["inside"]
+    assert [p.name for p in folder.iterdir() if p.name != ".lock"] == [f"a.{kind}"]
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["inside"]
 
 
 def test_names_in_a_zip_stay_inside(tmp_path):
@@ -138,8 +139,8 @@ def test_names_in_a_zip_stay_inside(tmp_path):
     folder.mkdir()
     unpack(archive(folder / "a.zip", {"jpg/1.jpg": b"one", "../../evil": b"x", "/abs": b"x"}),
            folder, "jpg")
-    assert sorted(p.name for p in folder.iterdir()) == ["a.zip", "jpg"]
-    assert [p.name for p in tmp_path.iterdir()] == ["inside"]
+    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == ["a.zip", "jpg"]
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["inside"]
 
 
 @pytest.mark.parametrize("kind", ["tgz", "zip"])
@@ -148,7 +149,7 @@ def test_a_truncated_archive(tmp_path, kind):
     path.write_bytes(path.read_bytes()[:150_000])
     with pytest.raises(UserError, match="cannot be unpacked"):
         unpack(path, tmp_path, "jpg")
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == [path.name]
 
 
 def jpeg(value, size=(40, 30)):

@@ -1,5 +1,4 @@
 import json
-import shutil
 import warnings
 import zlib
 from pathlib import Path
@@ -11,16 +10,12 @@ import timm
 import torch
 from PIL import Image
 
-import common
 import fid
-import rae
-from common import UserError
 from conftest import make_photos, two_processes
-from data import read_picture, to_tensor
-from fid import (Features, InceptionV3, Statistics, cmmd, diversity, frechet_distance,
-                 frechet_of_features, inception_score, precision_recall, quality_report)
-from laptop import lite0, toy
-from laptop.toy import ToyFlowers
+from fid import (InceptionV3, Statistics, cmmd, frechet_distance, frechet_of_features,
+                 inception_score, precision_recall, principal_components)
+from utils.files import file_hash
+from utils.images import read_picture, to_tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -218,6 +213,18 @@ def test_frechet_distance_refuses():
     assert frechet_distance(m, 0 * s, m + 1, s) == pytest.approx(6)
 
 
+def test_principal_components_are_numpys():
+    r = np.random.default_rng(0)
+    x = torch.from_numpy(r.standard_normal((200, 300)) * np.linspace(2, 0.1, 300) + r.standard_normal(300))
+    mean, components = principal_components(x)
+    found = (x - mean) @ components
+    _, singular, V = np.linalg.svd(x.numpy() - x.numpy().mean(0), full_matrices=False)
+    assert np.abs(np.abs(found.numpy()) - np.abs((x.numpy() - x.numpy().mean(0)) @ V[:64].T)).max() < 1e-9
+    assert found.std(0).numpy() == pytest.approx(singular[:64] / 199 ** 0.5)
+    few = (x[:10] - x[:10].mean(0)) @ principal_components(x[:10])[1]       # 9 directions, no noise beyond them
+    assert (few[:, :9].abs().sum(0) > 0).all() and (few[:, 9:] == 0).all()
+
+
 def test_inception_score_precision_recall_cmmd():
     """Values of ADM's evaluator and torch-fidelity 0.4.0 (with its shuffle), and of the CMMD
     formula in float64."""
@@ -235,143 +242,6 @@ def test_inception_score_precision_recall_cmmd():
             for x in (r.standard_normal((400, 768)), r.standard_normal((300, 768)) + 0.1))
     assert cmmd(a, b) == pytest.approx(0.1425987953278529, rel=1e-9)
     assert cmmd(a, a) == pytest.approx(0, abs=1e-10)
-
-
-# ---- The quality report of a run, and the feature spaces of small networks -----------------------
-
-def test_diversity_closed_form():
-    images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
-    images[1], images[3] = 10, 30
-    assert diversity(images, torch.tensor([0, 0, 1, 1])) == pytest.approx(20)
-    assert diversity(images, torch.tensor([0, 1, 2, 2])) == pytest.approx(30)
-    assert diversity(images, torch.arange(4)) is None
-
-
-def test_shares_are_balanced_and_in_order():
-    labels = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)
-    assert fid.shares(labels, 4).tolist() == [0, 1, 6, 9]
-    assert fid.shares(labels, 100).tolist() == list(range(12))
-    assert fid.shares(torch.arange(40) % 4, 8).tolist() == list(range(8))
-    assert fid.shares(torch.arange(4), 2).tolist() == [0, 1, 2, 3]         # each class has one
-
-
-def test_toy_networks_order_pictures():
-    """Held-out pictures are near the training pictures, class means far, noise farther, in both
-    spaces."""
-    train, test = ToyFlowers(32), ToyFlowers(32, "test")
-    images, labels = train.load(range(1500)), train.labels[:1500]
-    held_out, test_labels = test.load(range(300)), test.labels[:300]
-    means = torch.stack([images[labels == c].float().mean(0)
-                         for c in range(10)]).round().to(torch.uint8)
-    noise = torch.randint(256, held_out.shape, generator=torch.Generator().manual_seed(0),
-                          dtype=torch.uint8)
-    networks, again = (toy.networks(images, labels, steps=200) for _ in range(2))
-    for name, network in networks.items():
-        space = Features(name, network)
-        last = space.last(images)
-        reference = space.fit(last, labels).project(last)
-        real, mean, noisy = (frechet_of_features(reference, space.project(space.last(x)))
-                             for x in (held_out, means[test_labels], noise))
-        assert 0 < 8 * real < mean < noisy
-        assert torch.equal(again[name](held_out), network(held_out))  # the same features every time
-        if name == "classifier":
-            assert space.accuracy(space.project(space.last(held_out)), test_labels) > 0.95
-    x = held_out.flatten(1).double()[:, :20]
-    assert frechet_of_features(x, x) == pytest.approx(0, abs=1e-6)
-
-
-@pytest.fixture
-def random_lite0(monkeypatch):
-    """EfficientNet-Lite0 with random weights; pretrained_network gives it, too."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = timm.create_model("tf_efficientnet_lite0").eval()
-    monkeypatch.setattr(lite0, "pretrained_network", {"lite0": net}.__getitem__)
-    return net
-
-
-def test_features(random_lite0):
-    features = Features("lite0", lite0.networks()["lite0"])
-    images = golden_images(0, 90, 60)
-    x = torch.nn.functional.interpolate(images.float(), (128, 128), mode="bicubic",
-                                        antialias=True).clamp(0, 255)
-    with torch.no_grad():
-        expected = random_lite0.forward_features((x - 127) / 128).mean((2, 3))
-    last = features.last([*images[:3], images[3][:, :, :50]])
-    assert last.shape == (4, 1280) and last.dtype == torch.float64
-    assert distance(last[:3], expected[:3]) < 1e-5 and distance(last[3], expected[3]) > 1e-3
-
-    r = np.random.default_rng(0)                                          # PCA, against numpy's SVD
-    labels = torch.arange(200) % 4
-    last = r.standard_normal((200, 1280)) * np.linspace(2, 0.1, 1280) + r.standard_normal(1280)
-    last = torch.from_numpy(last)
-    last[:, :4] += 8 * torch.nn.functional.one_hot(labels)
-    found = features.fit(last, labels).project(last)
-    _, singular, V = np.linalg.svd(last.numpy() - last.numpy().mean(0), full_matrices=False)
-    assert np.abs(np.abs(found.numpy()) - np.abs((last.numpy() - last.numpy().mean(0)) @ V[:64].T)).max() < 1e-9
-    assert found.std(0).numpy() == pytest.approx(singular[:64] / 199 ** 0.5)
-    assert features.accuracy(found, labels) == 1 and features.accuracy(found, (labels + 1) % 4) == 0
-    few = features.fit(last[:10]).project(last)             # 9 directions, and no noise beyond them
-    assert (few[:, :9].abs().sum(0) > 0).all() and (few[:, 9:] == 0).all()
-
-
-def test_quality_report_rows(monkeypatch):
-    """Features that are the pixels, latents that are the pictures: what each row has to be is
-    known."""
-    class Lines:                                                  # a class is a colour; slopes vary
-        name, classes = "lines", ["red", "green", "blue"]
-
-        def __init__(self, n, seed):
-            self.labels = torch.arange(n) % 3
-            g = torch.Generator().manual_seed(seed)
-            slope = torch.linspace(-1, 1, 16) * (1 + 2 * torch.rand(n, 1, 1, generator=g))
-            self.images = (60 + 4 * torch.randn(n, 3, 1, 1, generator=g) + 10 * slope[:, None]).repeat(1, 1, 16, 1)
-            self.images[torch.arange(n), self.labels] += 100
-
-        def load(self, indices):
-            return self.images[indices].round().to(torch.uint8)
-
-    class Pixels:                                                # encodes 16 x 16, decodes to 8 x 8
-        image_size, device, decoded = 8, torch.device("cpu"), []
-
-        def encode(self, images):
-            return images
-
-        def decode(self, z):
-            self.decoded.append(z * 255)
-            return common.resize(z, 8)
-
-    def sampler(indices, labels, steps):
-        asked.append((indices.tolist(), steps))
-        return torch.full((len(labels), 3, 8, 8), 128, dtype=torch.uint8)
-
-    monkeypatch.setitem(fid.NETWORKS, "own", lambda images, labels, device: {
-        "own": lambda images: images.flatten(1).double()})
-    train_set, test_set, asked, pixels = Lines(60, 0), Lines(900, 1), [], Pixels()
-    table = quality_report(train_set, test_set, pixels, sampler, "own", n=600)
-    names = [row["pictures"] for row in table]
-    assert names == ["held-out (the floor)", "held-out, reconstructed", "class-mean latent",
-                     "per-class Gaussian of latents", "1 step", "2 steps", "4 steps", "8 steps"]
-    assert asked == [(list(range(600)), steps) for steps in (1, 2, 4, 8)]
-    floor, rebuilt, mean, gaussian, *steps = (row["frechet_own"] for row in table)
-    # the Gaussian has the very training latents
-    assert rebuilt == pytest.approx(floor, rel=1e-2) and gaussian < floor < mean < min(steps)
-    assert table[0]["accuracy"] > 0.99 and table[2]["accuracy"] == 1 and table[4]["accuracy"] < 0.5
-    assert table[2]["diversity"] == table[4]["diversity"] == 0 and table[0]["diversity"] > 5
-    # the Gaussian's of the first class, 4 parts
-    z = torch.cat(pixels.decoded[2:12:3]).flatten(1)[:, ::97]
-    real = train_set.load(range(0, 60, 3)).flatten(1)[:, ::97].double().numpy()
-    assert len(z) == 200 and distance(z.mean(0), real.mean(0)) < 0.02
-    assert distance(np.cov(z.T.numpy()), np.cov(real.T)) < 0.25
-
-    own = quality_report(train_set, None, pixels, sampler, "own", n=600)   # no held-out pictures
-    assert own[0]["pictures"] == "training (the floor)"
-    assert own[0]["frechet_own"] == pytest.approx(0, abs=1e-6)
-    few = Lines(4, 1)                                                      # red, green, blue, red
-    for train_few, test_few in ((train_set, few), (few, test_set)):
-        with pytest.raises(UserError,
-                           match="lines has 1 of 4 pictures in the class green: .*two or more"):
-            quality_report(train_few, test_few, pixels, sampler, "own")
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -444,7 +314,7 @@ def test_official_weights_recipe_of_samples_and_a_references_pipeline(weights_fi
                                                                       monkeypatch, capsys):
     """Where the weights have the expected sum the number is FID; samples.npz tells how it was
     made; ADM's keys."""
-    monkeypatch.setitem(fid.WEIGHTS, "sha256", common.file_hash(weights_file))
+    monkeypatch.setitem(fid.WEIGHTS, "sha256", file_hash(weights_file))
     monkeypatch.setitem(fid.WEIGHTS, "size", weights_file.stat().st_size)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -467,13 +337,12 @@ def test_official_weights_recipe_of_samples_and_a_references_pipeline(weights_fi
         assert words in said
     line, = map(json.loads, (run / "fid.jsonl").read_text().splitlines())
     assert line["numbers"]["FID"] > 0 and line["recipe"]["A"]["made_by"] == recipe
-    assert line["recipe"]["A"]["sha256"] == common.file_hash(run / "samples.npz")
-    result([run / "samples.npz", tmp_path / "adm.npz", "--metrics=fid", "--pipeline=pytorch"],
-           capsys)
+    assert line["recipe"]["A"]["sha256"] == file_hash(run / "samples.npz")
+    status, error = fail([run / "samples.npz", tmp_path / "adm.npz", "--metrics=fid", "--pipeline=pytorch"], capsys)
+    assert status == 1 and "adm.npz: the features have different pipeline, pytorch and tensorflow" in error
+    result([run / "samples.npz", tmp_path / "adm.npz", "--metrics=fid", "--pipeline=tensorflow"], capsys)
     first, second = map(json.loads, (run / "fid.jsonl").read_text().splitlines())
-    assert "likely of the pipeline tensorflow, not pytorch" in second["warnings"][0]
-    assert second["recipe"]["features"]["pipeline"] == "pytorch"
-    assert first["numbers"]["FID"] != second["numbers"]["FID"]
+    assert first["numbers"]["FID"] == second["numbers"]["FID"]
 
 
 def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, capsys):
@@ -552,97 +421,6 @@ def test_cmmd_from_pictures(tmp_path, monkeypatch, capsys):
     assert status == 1 and fid.CLIP_MODEL in error and "nobody is at" in error
 
 
-def test_toy_features_from_the_command(tmp_path, monkeypatch, capsys):
-    class FewFlowers(ToyFlowers):
-        def __init__(self, image_size=24, split="train"):
-            super().__init__(24, split)
-            self.labels, self.variation = self.labels[:300], self.variation[:300]
-
-    monkeypatch.setattr(fid, "load_dataset", lambda *args, **kwargs: FewFlowers())
-    monkeypatch.setattr(toy, "ToyFlowers", FewFlowers)
-    # 60 steps in place of 450
-    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 60, 64))
-    test = ToyFlowers(24, "test").load(range(150))
-    np.savez_compressed(tmp_path / "test.npz", arr_0=test.permute(0, 2, 3, 1).numpy())
-    found = result([tmp_path / "test.npz", "toy", "--features", "toy"], capsys)["numbers"]
-    train = FewFlowers().load(range(300))
-    for name, network in toy.networks(train, FewFlowers().labels).items():
-        x, y = network(train), network(test)
-        if name == "pixels":                                          # numpy's principal components
-            mean, V = x.mean(0), np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)[2]
-            x, y = ((features - mean) @ torch.from_numpy(V[:64].T) for features in (x, y))
-        assert found.pop(f"toy Frechet distance, {name}") == pytest.approx(frechet_of_features(x, y), rel=1e-5)
-    assert not found
-    status, error = fail([tmp_path / "test.npz", "toy", "--features", "toy", "--metrics", "fid"],
-                         capsys)
-    assert status == 2 and "--features have numbers of their own" in error
-
-
-def test_lite0_from_the_command(random_lite0, tmp_path, capsys):
-    a, b = (torch.from_numpy(save_npz(tmp_path / f"{name}.npz", 20, seed)).permute(0, 3, 1, 2)
-            for seed, name in enumerate("ab"))
-    found = result([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0"], capsys)
-    features = Features("lite0", lite0.networks()["lite0"])
-    last = features.last(b)
-    expected = frechet_of_features(features.fit(last).project(last),
-                                   features.project(features.last(a)))
-    assert found["numbers"] == {"lite0 Frechet distance": pytest.approx(expected, rel=1e-6)}
-    same = result([tmp_path / "b.npz", tmp_path / "b.npz", "--features", "lite0"],
-                  capsys)["numbers"]
-    assert same == {"lite0 Frechet distance": pytest.approx(0, abs=1e-6 * expected)}
-    status, error = fail([tmp_path / "a.npz", tmp_path / "b.npz", "--features", "lite0", "--metrics", "fid"], capsys)
-    assert status == 2 and "--features have numbers of their own" in error
-
-
-def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
-    held_out = make_photos(tmp_path / "held-out", each=4, size=(50, 44))
-    checkpoint = torch.load(trained / "ckpt.pt")
-    torch.save(checkpoint, tmp_path / "ckpt.pt")                    # what others use stays as it is
-    argv = [tmp_path / "ckpt.pt", held_out, "--features", "lite0"]
-    table = result(argv, capsys)
-    assert len(table) == 8 and table == json.loads((tmp_path / "quality.json").read_text())
-    floor = table[0]["frechet_lite0"]
-    assert floor > 0 and table[2]["diversity"] == 0 < table[0]["diversity"]
-    monkeypatch.setattr(rae.RAE, "decode", lambda self, z: torch.rand(len(z), 3, 32, 32))
-    noise = result(argv, capsys)
-    assert noise[0] == table[0] and all(row["frechet_lite0"] > 1.5 * floor for row in noise[1:])
-
-    make_photos(tmp_path / "others", classes=("left", "right"), each=2)
-    make_photos(tmp_path / "single", each=1, size=(50, 44))
-    photos = trained.parent.parent / "photos"
-    for B, word in ((tmp_path / "others", "has the classes left, right, not the run's, left, right, top"),
-                    (tmp_path / "single", "single has 1 of 3 pictures in the class left"),
-                    (photos, "photos holds training pictures of the run, and no others"),
-                    (tmp_path / "nowhere", "nowhere does not exist")):
-        status, error = fail([tmp_path / "ckpt.pt", B, "--features", "lite0"], capsys)
-        assert status == 1 and word in error, error
-
-    mixed = shutil.copytree(photos, tmp_path / "mixed")
-    for i, file in enumerate(sorted(mixed.rglob("*.png"))):         # of 36, two are those of the run
-        if i > 1:
-            Image.new("RGB", (40, 34), (i, 90, 90)).save(file)
-    fid.main([str(tmp_path / "ckpt.pt"), str(mixed), "--features", "lite0", "--device", "cpu",
-              "--data-dir", str(tmp_path / "datasets")])
-    assert "warning: 2 of 36 pictures of" in capsys.readouterr().err
-
-    status, error = fail([tmp_path / "ckpt.pt", held_out, "--features", "inception"], capsys)
-    assert status == 2 and "a run's report has toy or lite0" in error
-    status, error = fail([tmp_path / "ckpt.pt", held_out, "--metrics", "fid"], capsys)
-    assert status == 2 and "--metrics" in error
-
-    def no_weights(name):
-        raise UserError(f"the weights of {name} cannot be had")
-
-    monkeypatch.setattr(lite0, "pretrained_network", no_weights)
-    for A in (tmp_path / "ckpt.pt", photos):
-        status, error = fail([A, held_out, "--features", "lite0"], capsys)
-        assert status == 1 and "the weights of lite0 cannot be had" in error
-    checkpoint["args"]["pictures"]["contents"] = "others"
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    status, error = fail(argv, capsys)
-    assert status == 1 and "photos are not those of the run" in error
-
-
 def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     save_npz(tmp_path / "a.npz")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -704,15 +482,15 @@ def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
             ("photo.jpg", "good.npz", 1, "photo.jpg is neither"),
             ("text.npz", "good.npz", 1, "text.npz is neither"),
             ("cut.npz", "good.npz", 1, "cut.npz is neither"),
-            ("keys.npz", "good.npz", 1, "keys.npz has neither arr_0"),
-            ("none.npz", "good.npz", 1, "none.npz: arr_0"),
-            ("float.npz", "good.npz", 1, "float.npz: arr_0 must be pictures, uint8 (N, H, W, 3), not float64"),
-            ("good.npz", "planes.npz", 1, "planes.npz: arr_0"),
+            ("keys.npz", "good.npz", 1, "keys.npz cannot be read as an npz (it has neither arr_0"),
+            ("none.npz", "good.npz", 1, "none.npz cannot be read as an npz (arr_0"),
+            ("float.npz", "good.npz", 1, "float.npz cannot be read as an npz (arr_0 must be pictures, uint8 (N, H, W, 3), not float64"),
+            ("good.npz", "planes.npz", 1, "planes.npz cannot be read as an npz (arr_0"),
             ("objects.npz", "good.npz", 1, "objects.npz cannot be read as an npz (Object arrays"),
-            ("good.npz", "half.npz", 1, "half.npz: mu and sigma"),
-            ("good.npz", "odd.npz", 1, "odd.npz: mu and sigma"),
+            ("good.npz", "half.npz", 1, "half.npz cannot be read as an npz (mu and sigma"),
+            ("good.npz", "odd.npz", 1, "odd.npz cannot be read as an npz (mu and sigma"),
             ("large.npz", "small.npz", 1, "large.npz and small.npz: statistics of 2048 and of 64 features"),
-            ("large.npz", "nan.npz", 1, "nan.npz: mu or sigma is not finite"),
+            ("large.npz", "nan.npz", 1, "nan.npz cannot be read as an npz (mu or sigma is not finite"),
             ("one.npz", "large.npz", 1, "one.npz: 1 picture: a covariance needs two"),
             ("good.npz", None, 2, "give B"), ("good.npz", "--metrics=kid", 2, "give B"),
             ("large.npz", "--metrics=is", 1, "large.npz has no pictures"),

@@ -19,7 +19,8 @@ import rae as rae_script
 import sample
 import train
 from conftest import ROOT
-from common import UserError, file_hash
+from utils.cli import UserError
+from utils.files import file_hash
 from model import sincos_2d
 from rae import OFFICIAL_FILES, RAE, DINOv2Encoder, ViTDecoder, load_rae
 from test_download import flowers_stand_in
@@ -290,7 +291,7 @@ import data, rae, train
 changes = json.loads(sys.argv[2])
 for name, value in changes["data"].items():
     setattr(data, name, value)
-rae.OFFICIAL_FILES, rae.LatentCache.chunk = changes["files"], 6
+rae.OFFICIAL_FILES, rae.LatentCache.part = changes["files"], 6
 train.main(sys.argv[3:])
 """
 
@@ -364,8 +365,6 @@ def test_the_papers_presets():
     assert train.parse_args(["--dataset", "animal-faces"]).cfg == 1
     assert train.parse_args(["--dataset", "imagenet"]).cfg == 3.2
     assert train.parse_args(["--dataset", "flowers", "--steps", "7"]).epochs is None
-    assert train.parse_args(["--dataset", "photos"]).rae == "toy"
     # one's own pictures, the paper's settings
     args = train.parse_args(["--dataset", "photos", "--rae", "dinov2-b"])
     assert (args.model, args.image_size, args.alpha_max) == ("SiT-B/1", 256, 85)
-    assert train.parse_args(["--dataset", "flowers", "--rae", "toy"]).image_size == 64

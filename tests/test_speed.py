@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import common
 import flops
-import sphere
+import sample
 import train
-from common import UserError, prefetch
-from conftest import train_args
+from conftest import fit_rae, train_args
 from data import load_dataset
 from model import SiT_models
-from rae import LatentCache, fit_rae
+from rae import LatentCache
+from settings import PAPER
+from utils.cli import UserError
+from utils.processes import compiles, prefetch
 
-RUN = {**train.PAPER, "model": "SiT-T/1", "batch_size": 8, "dtype": "float32", "seed": 0, "clip": 1.0}
+RUN = {**PAPER, "model": "SiT-T/1", "batch_size": 8, "dtype": "float32", "seed": 0, "clip": 1.0}
 CPU = torch.device("cpu")
 
 
@@ -40,7 +41,7 @@ def learner(**more):
 
 
 def batches(of, steps=100):
-    return prefetch(lambda step: of.micro_batch(Latents(), step, 0), range(steps))
+    return prefetch(lambda step: of.draw_inputs(Latents(), step, 0), range(steps))
 
 
 def test_prefetch_keeps_the_order_and_the_errors():
@@ -58,16 +59,16 @@ def test_prefetch_keeps_the_order_and_the_errors():
     assert len(threads) == 1 and threading.main_thread() not in threads
 
 
-def test_a_micro_batch_is_a_function_of_seed_and_step(photos, tmp_path):
+def test_inputs_are_a_function_of_seed_and_step(photos, tmp_path):
     """Asked for ahead, out of turn and from another thread; two halves make the whole."""
     dataset = load_dataset(str(photos), 32, root=tmp_path)
-    latents = LatentCache(dataset, fit_rae("toy", dataset.load(range(36)), channels=16), tmp_path)
+    latents = LatentCache(dataset, fit_rae("pixels", dataset.load(range(36))), tmp_path)
     whole, halves = learner(), learner(accumulate=2)
     for step in (7, 0, 7):
-        full = whole.micro_batch(latents, step, 0)
-        parts = [halves.micro_batch(latents, step, m) for m in (0, 1)]
+        full = whole.draw_inputs(latents, step, 0)
+        parts = [halves.draw_inputs(latents, step, m) for m in (0, 1)]
         assert all(torch.equal(a, torch.cat(b)) for a, b in zip(full, zip(*parts)))
-    assert not torch.equal(full[0], whole.micro_batch(latents, 8, 0)[0])
+    assert not torch.equal(full[0], whole.draw_inputs(latents, 8, 0)[0])
 
 
 class Reads(TorchDispatchMode):
@@ -86,7 +87,7 @@ class Reads(TorchDispatchMode):
 def test_no_number_is_read_on_a_step_that_is_not_logged():
     """Each would stop the CPU until the GPU has done all that came before."""
     of = learner()
-    ready = iter([of.micro_batch(Latents(), step, 0) for step in range(3)])
+    ready = iter([of.draw_inputs(Latents(), step, 0) for step in range(3)])
     with Reads() as reads:
         for step in range(3):
             of.add_gradients(step, ready)
@@ -129,7 +130,7 @@ def test_averages_are_those_of_a_loop():
         of.add_gradients(step, ready)
         of.update(step, 1e-2)
         for decay, ema in zip(RUN["ema_decay"], before):
-            for name, value in of.model.state_dict().items():
+            for name, value in of.raw_model.state_dict().items():
                 ema[name].lerp_(value, 1 - min(decay, (1 + step) / (10 + step)))
     for ema, expected in zip(of.emas, before):
         assert all(torch.equal(ema[name], expected[name]) for name in expected)
@@ -153,8 +154,8 @@ def test_a_compiled_network_is_the_same(backend, monkeypatch, capsys):
     """And its state dict is the model's."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **more: compile(network, backend=backend, **more))
-    plain, compiled = learner(), learner(compiles=True)
-    assert "compiled in" in capsys.readouterr().out and compiled.parallel is not compiled.model
+    plain, compiled = learner(), learner(compile=True)
+    assert "compiled in" in capsys.readouterr().out and compiled.ddp_model is not compiled.raw_model
     a, b = gradients(plain), gradients(compiled)
     assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(a, b))
     assert compiled.state()["model"].keys() == plain.state()["model"].keys()
@@ -173,9 +174,9 @@ def test_what_does_not_compile_runs_on(photos, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "note: not compiled, and slower for it (no compiler here); --no-compile" in said
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert train.compiles(None, CPU) is False and train.compiles(True, CPU) is True
-    assert train.compiles(None, torch.device("cuda")) in (True, False)
-    assert train.compiles(False, torch.device("cuda")) is False
+    assert compiles(None, CPU) is False and compiles(True, CPU) is True
+    assert compiles(None, torch.device("cuda")) in (True, False)
+    assert compiles(False, torch.device("cuda")) is False
 
 
 def test_the_log_says_how_long_it_waited(photos, tmp_path, capsys):
@@ -184,26 +185,15 @@ def test_the_log_says_how_long_it_waited(photos, tmp_path, capsys):
     assert 0 <= line["waiting"] < 1
 
 
-def test_guidance_in_one_call_is_that_of_two():
-    model, calls = SiT_models["SiT-T/1"](input_size=2, in_channels=4, num_classes=3).eval(), []
-
-    def denoiser(v, y):
-        calls.append(len(v))
-        return model(v, y)
-    y = torch.tensor([0, 1, 2])
-    two, one = (sphere.sample(denoiser, (3, 4, 2, 2), y, 3, cfg_scale=2.0, null_class=3, together=together,
-                              generator=torch.Generator().manual_seed(0)) for together in (False, True))
-    assert torch.allclose(one, two, atol=1e-5) and calls == [3] * 6 + [6] * 3
-
-
-def test_noise_that_was_drawn_ahead_is_the_same():
-    def noise():
-        return [common.keyed_generator("x", i) for i in range(3)]
-    shape, y = (3, 4, 2, 2), torch.zeros(3, dtype=torch.long)
-    ahead = noise()
-    drawn = iter([sphere.draw_noise(shape, ahead, "cpu") for _ in range(4)])
-    a, b = (sphere.sample(lambda v, y: v.roll(1, 1), shape, y, 4, generator=g) for g in (noise(), drawn))
-    assert torch.equal(a, b)
+def test_noise_of_sampling_never_ends_and_is_each_pictures_own():
+    """However often a sampler asks; what is drawn ahead is what would be drawn later."""
+    for same in (False, True):
+        long, short = (sample.keyed_noise(0, [3, 8], (4, 2, 2), same, steps) for steps in (6, 1))
+        draws = [next(long) for _ in range(9)]
+        assert all(torch.equal(a, next(short)) for a in draws)
+        alone = sample.keyed_noise(0, [8], (4, 2, 2), same, 2)
+        assert all(torch.equal(a[1:], next(alone)) for a in draws)
+        assert torch.equal(draws[0], draws[1]) == same
 
 
 def test_the_bench_against_the_usual_loop(monkeypatch, capsys):

@@ -1,0 +1,286 @@
+"""Every setting once: its name, the paper's value, what may be given, what it is.
+
+The parser of train.py, the check of a resumed run and that of a checkpoint are made of this table.
+A new setting is a new row; its value is then what was done before there was one. Below: what
+differs by data set and by method; what differs by autoencoder stands in rae.AUTOENCODERS.
+"""
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from baselines import METHODS, NOISE
+from data import DATASETS
+from laptop import toy  # laptop
+from model import SiT_models
+from rae import AUTOENCODERS
+from sphere import angle_to_sigma
+from utils.cli import ArgumentParser, number, printable
+from utils.processes import torchrun_environment
+
+
+class Setting(NamedTuple):
+    """given: choices, a type, [a type] for several values, or bool for a flag without a value."""
+    name: str
+    value: object                   # the paper's (Table A); ours where the row says "not given"
+    given: object
+    same: bool                      # a run is resumed with the same value
+    what: str
+
+
+SAME, ANY = True, False
+COUNT, AMOUNT, ANGLE = number(int, 1), number(float, 0), number(float, 1, 89.9)
+DATASET, RAE_OF_PATH = "flowers", "dinov2-b"
+DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
+
+TABLE = [
+    "data",
+    ("dataset", DATASET, str, ANY, f"{', '.join(DATASETS)}, or the PATH of a folder of classes"),
+    ("split", "all", ("train", "val", "test", "all"), SAME, "of flowers"),
+    ("skip_bad", False, bool, ANY, "leave out pictures that cannot be read, and count them"),
+    ("flips", True, bool, SAME, "no mirror images: where left and right matter, as for letters"),
+    ("image_size", 256, number(int, 1, 4096), SAME, "side in pixels: 256 for dinov2-b"),
+    ("rae", "dinov2-b", AUTOENCODERS, SAME,
+     "the autoencoder; it decides about other defaults, too; pixels: none"),
+    ("rae_patch", 16, number(int, 1, 4096), SAME,
+     "pixels to a side of a patch, of toy and pixels"),
+    ("decoder_steps", 1200, COUNT, SAME, "steps in which the decoder of lite0 is trained first"),
+    ("weights_dir", None, str, ANY, "folder with the files of dinov2-b; without it: the Hub"),
+    ("data_dir", "datasets", str, ANY, "where downloads and caches of latents go"),
+    ("cache_latents", "auto", ("auto", "yes", "no"), ANY,
+     "encode once; auto: if the disk has room"),
+    ("encode_only", False, bool, ANY, "fill the cache of latents, and end"),
+
+    "method (sphere.py, model.py, baselines.py)",
+    ("method", "sphere", METHODS, SAME, "the paper's, or what it compares with"),
+    ("model", "SiT-B/1", SiT_models, SAME, "size and patch of the denoiser"),
+    ("noise_dist", "lognorm", NOISE, SAME, "how noise levels are drawn"),
+    # The two (mean, std) of the paper's Table 3 are not given; its sources use (0, 1), (-0.4, 1).
+    ("p_mean", 0.0, number(float), SAME, "mean of lognorm, before the sigmoid"),
+    ("p_std", 1.0, AMOUNT, SAME, "standard deviation of lognorm, before the sigmoid"),
+    ("alpha_max", 85.0, ANGLE, SAME,                # not given: Sphere Encoder's code, as the next
+     "largest noise angle, degrees; for other latents try arctan(sqrt(L) / 8)"),
+    ("alpha_mix", 89.0, ANGLE, SAME,
+     "largest noise angle of the harder range mixed in, degrees"),
+    ("mix_prob", 0.2, number(float, 0, 1), SAME, "share of examples from the harder range"),
+    ("reconstruct", "low", ("low", "both"), SAME,                         # its text can mean either
+     "noise levels on which Eq. 2 is taken"),
+    ("consistency", 1.0, AMOUNT, SAME, "weight of Eq. 3; 0: the paper's R"),
+    ("latent_consistency", 0.0, AMOUNT, SAME, "weight of Eq. 4; the paper drops it"),
+    ("spherify", True, bool, SAME, "the identity in the place of f, in training and in sampling"),
+    ("init_from", None, str, SAME,
+     "CKPT: start from the weights, averages and autoencoder of another run, at step 0"),
+
+    "optimisation (AdamW)",
+    ("steps", None, COUNT, ANY, "steps in all; raise it to continue a finished run"),
+    ("epochs", 500, COUNT, ANY, "the same in passes over the data"),
+    ("batch_size", 256, number(int, 1, 10 ** 6), SAME, "examples a step, over all processes"),
+    ("accumulate", 1, number(int, 1, 10 ** 6), ANY,
+     "micro-batches a step in each process, to save memory"),
+    ("lr", 1e-4, AMOUNT, SAME, "learning rate of AdamW"),
+    ("warmup_steps", 0, number(int, 0), SAME, "steps over which the rate rises to --lr"),
+    ("clip", 0.0, AMOUNT, SAME, "largest gradient norm; 0: no limit"),    # none is mentioned
+    ("ema_decay", [0.9995, 0.9999], [number(float, 0, 1)], SAME,          # the second is ours
+     "decays of the averaged weights; samples use the first"),
+    ("dtype", "bfloat16", ("float32", "bfloat16"), SAME,                  # not given
+     "of the network; weights stay float32"),
+    ("compile", None, bool, ANY,
+     "compile the network (default: on a GPU, where a compiler is there)"),
+    ("checkpoint_activations", False, bool, ANY,
+     "compute each block twice: less memory, a third more time"),
+
+    "run",
+    ("seed", 0, number(int, 0, 2 ** 63), SAME, "of everything random"),
+    ("out_dir", None, str, ANY,
+     "default: out/<dataset>-<model>, and what else is not the data set's own"),
+    ("device", "auto", str, ANY, "auto, cpu, cuda or mps"),
+    ("log_every", 50, COUNT, ANY, "steps between lines of the log"),
+    ("sample_every", 2000, COUNT, ANY, "steps between grids of samples"),
+    ("save_every", 1000, COUNT, ANY, "steps between checkpoints"),
+    ("report", 500, number(int, 0), ANY,
+     "pictures a row of the quality report at the end; 0: none"),
+
+    "sampling (the grids; sample.py starts from it)",
+    ("cfg", 1.0, AMOUNT, ANY, "guidance scale; 1 is none"),
+    ("sampling_noise", "fresh", ("fresh", "same"), ANY,                   # not given
+     "new at each step, or the first again"),
+    ("sigma", None, AMOUNT, ANY, "where the decay starts; by default it follows --alpha-max: its "
+     "tangent, times the preset's sigma_scale"),
+
+    None,                                                                 # these have no flag
+    ("sigma_scale", 1.0, AMOUNT, ANY, ""),
+    ("gamma", 1.0, AMOUNT, ANY, "of the decay"),                          # not given, nor its form
+    ("sample_steps", 4, COUNT, ANY, "of the grids"),
+    ("class_dropout_prob", 0.1, number(float, 0, 1), SAME, "labels dropped, for guidance"),
+    ("betas", [0.9, 0.95], [number(float, 0, 1)], SAME, "of AdamW"),      # not given
+    ("weight_decay", 0.0, AMOUNT, SAME, ""),
+    ("decay_last", 0.0, number(float, 0, 1), SAME,
+     "last share of the steps, in which the rate falls to 5%"),
+]
+SETTINGS = {row[0]: Setting(*row) for row in TABLE if isinstance(row, tuple)}
+PAPER = {name: setting.value for name, setting in SETTINGS.items()}
+# What older code could also do, and what all of it does now.
+GONE = {"pair_noise": "one", "decay": "power", "guidance": "linear"}
+
+# ---- What differs --------------------------------------------------------------------------------
+
+# The paper's FID at 2, 4, 6 steps: 12.22 8.61 7.85, 10.63 6.89 6.18, 6.85 2.25 2.11.
+BY_DATASET = {
+    "flowers":      dict(rae="dinov2-b", model="SiT-B/1",  epochs=2000, batch_size=256, cfg=1.6),
+    "animal-faces": dict(rae="dinov2-b", model="SiT-B/1",  epochs=500,  batch_size=256, cfg=1.0),
+    "imagenet":     dict(rae="dinov2-b", model="SiT-XL/1", epochs=600,  batch_size=512, cfg=3.2,
+                         sample_every=10_000, save_every=5000),
+}                                   # the guidance of flowers is not given: Sphere Encoder's
+BY_DATASET["toy"] = dict(rae="toy", **toy.SETTINGS_OF_FLOWERS)  # laptop
+BY_METHOD = {
+    "meanflow":       dict(p_mean=-0.4),                                  # of its paper
+    "sphere-encoder": dict(rae="pixels", noise_dist="sphere-encoder"),
+}
+
+
+def defaults(dataset, rae=None, method=None):
+    """What is done where nothing else is given.
+
+    The paper's settings, then those of the autoencoder; if it is the data set's own (or has none)
+    those of the data set; then those of the method.
+    """
+    of_dataset = {"rae": RAE_OF_PATH, **BY_DATASET.get(dataset, {})}
+    if rae not in AUTOENCODERS or rae == of_dataset["rae"] or AUTOENCODERS[rae].settings is None:
+        differs = {**(AUTOENCODERS[of_dataset["rae"]].settings or {}), **of_dataset}
+    else:
+        differs = {**AUTOENCODERS[rae].settings, "rae": rae}
+    return {**PAPER, **differs, **BY_METHOD.get(method, {})}
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+def build_parser(description=None):
+    parser = ArgumentParser(description=description)
+    for row in TABLE:
+        if isinstance(row, str):
+            group = parser.add_argument_group(row)
+        elif row is None:
+            break
+        else:
+            name, value, given, _, what = row
+            flag, more = f"--{name.replace('_', '-')}", {"dest": name, "help": what}
+            if given is bool and value:
+                flag, more["action"] = f"--no-{name}", "store_false"
+            elif given is bool:
+                more["action"] = argparse.BooleanOptionalAction if value is None else "store_true"
+            elif isinstance(given, list):
+                more |= {"type": given[0], "nargs": "+"}
+            elif callable(given):
+                more["type"] = given
+            else:
+                more["choices"] = given
+            if name == "steps":                               # or epochs, the next row
+                length = group.add_mutually_exclusive_group()
+            (length if name in ("steps", "epochs") else group).add_argument(flag, **more)
+    return parser
+
+
+def parse_args(argv=None, description=None):
+    """-> a namespace with every setting."""
+    first = ArgumentParser(add_help=False)                    # these decide about the defaults
+    for flag in ("--dataset", "--rae", "--method"):
+        first.add_argument(flag)
+    known = first.parse_known_args(argv)[0]
+    known.dataset = known.dataset or DATASET
+    values = defaults(known.dataset, known.rae, known.method)
+    parser = build_parser(description)
+    parser.set_defaults(**{**values, "dataset": known.dataset, "epochs": None})
+    args = parser.parse_args(argv)
+    args.epochs = args.epochs or (None if args.steps else values["epochs"])
+    for name, why in idle(vars(args)):
+        if getattr(args, name) != values[name]:
+            flag = f"no-{name}" if SETTINGS[name].value is True else name.replace("_", "-")
+            parser.error(f"--{flag} means nothing to {why}")
+    if args.sigma is None:
+        args.sigma = args.sigma_scale * angle_to_sigma(args.alpha_max)
+    if args.out_dir is None:
+        name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
+        parts = [name, args.model.replace("/", "-")]
+        parts += [args.rae] * (args.rae != defaults(args.dataset, None, args.method)["rae"])
+        parts += [args.method] * (args.method != PAPER["method"])
+        args.out_dir = f"out/{'-'.join(parts)}"
+    check_args(parser, args)
+    return args
+
+
+def idle(values):
+    """Yields the settings that another one makes idle, and which one that is."""
+    for kind, registry in (("method", METHODS), ("rae", AUTOENCODERS), ("noise_dist", NOISE)):
+        known = registry[values[kind]].flags
+        if kind == "noise_dist" and kind not in METHODS[values["method"]].flags:
+            continue
+        for name in dict.fromkeys(flag for entry in registry.values() for flag in entry.flags):
+            if name not in known:
+                yield name, f"--{kind.replace('_', '-')} {values[kind]}"
+    if not values["mix_prob"]:
+        yield "alpha_mix", "--mix-prob 0"
+
+
+def check_args(parser, args):
+    """What no flag can tell of itself."""
+    if args.alpha_mix < args.alpha_max and args.mix_prob:
+        parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: "
+                     "the mix is harder")
+    if args.method == "sphere-encoder" and args.rae != "pixels":
+        parser.error(f"--method sphere-encoder works on pictures: not --rae {args.rae}, but pixels")
+    if args.method == "meanflow" and (args.compile or args.checkpoint_activations):
+        parser.error("--method meanflow differentiates forward, too: no --compile and no "
+                     "--checkpoint-activations")
+    if args.method == "sphere" and not args.consistency and args.reconstruct == "low":
+        parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "
+                     "both")
+    world = torchrun_environment()[1]
+    if args.batch_size % (world * args.accumulate):
+        parser.error(f"--batch-size {args.batch_size} does not divide into {world} processes x "
+                     f"{args.accumulate} micro-batches")
+    if args.dataset not in DATASETS:
+        for flag, folder in (("--data-dir", args.data_dir), ("--out-dir", args.out_dir)):
+            inside = Path(os.path.realpath(folder))
+            if inside.is_relative_to(os.path.realpath(args.dataset)):
+                parser.error(f"{flag} {folder} is inside {args.dataset}, and would be taken for a "
+                             "class of pictures")
+
+
+# ---- A checkpoint's ------------------------------------------------------------------------------
+
+def defining(values):
+    """Of all settings (a dict) those with which alone a run is resumed."""
+    return {name: values[name] for name, setting in SETTINGS.items() if setting.same}
+
+
+def completed(args):
+    """A checkpoint's settings, those that came later among them. ValueError: nobody could have
+    given them, or this code cannot do what they ask for."""
+    if not isinstance(args.get("pictures"), dict):
+        raise ValueError("'pictures' is missing, or of another type")
+    for name, now in GONE.items():
+        if args.get(name, now) != now:
+            raise ValueError(f"{name} {args[name]!r}: this code knows only {now!r}")
+    if missing := [name for name in ("model", "rae", "dataset", "cfg") if name not in args]:
+        raise ValueError(f"{missing[0]!r} is missing")
+    args = {**PAPER, **args}
+    for name, setting in SETTINGS.items():
+        if not fits(setting, args[name]):
+            raise ValueError(f"{name} {args[name]!r} is nothing that anybody could have given")
+    return args
+
+
+def fits(setting, value):
+    if value is None:
+        return setting.value is None or setting.name == "epochs"          # without --steps
+    if setting.given is bool:
+        return isinstance(value, bool)
+    if isinstance(setting.given, list):
+        one = setting._replace(given=setting.given[0])
+        return isinstance(value, (list, tuple)) and all(fits(one, v) for v in value)
+    if not callable(setting.given):
+        return value in setting.given
+    try:
+        return setting.given(str(value)) == value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False

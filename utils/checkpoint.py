@@ -1,0 +1,126 @@
+"""Tensors on the disk, looked at before they are believed: checkpoints, other people's weights.
+
+Look here to see what a checkpoint is checked for, and how tensors with other names are loaded.
+"""
+import os
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.cli import UserError, one_line
+from utils.files import write_whole
+
+
+def save_tensors(path, state):
+    """Into a folder that is locked: what a killed save left there is written over."""
+    path = Path(path)
+    with write_whole(path, path.with_name(f".part-{path.name}")) as part, open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())                               # before it takes the old one's place
+
+
+def load_tensors(path, complaint):
+    """What torch.save wrote, on the CPU; else UserError, e.g. `path` "is not a checkpoint"."""
+    try:
+        if not Path(path).is_file():
+            raise ValueError("no such file")
+        if zipfile.is_zipfile(path):                          # torch.load never looks at the sums
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                # no zip, no tensors, a pickle
+        raise UserError(f"{path} {complaint} ({one_line(error)})") from error
+
+
+# A run's checkpoint, as train.py writes it.
+CHECKPOINT = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "args": dict,
+              "classes": list, "rae": dict}
+
+
+def load_checkpoint(path, check=lambda checkpoint: None):
+    """What train.py saved, on the CPU: a dict of tensors and plain values.
+
+    check: a function of it, whose errors say why it cannot be used.
+    """
+    if not Path(path).exists():
+        raise UserError(f"there is no checkpoint at {path}")
+    checkpoint = load_tensors(path, "cannot be used: it is not a checkpoint of train.py")
+    try:
+        for key, kind in CHECKPOINT.items():
+            if not isinstance(checkpoint.get(key), kind):
+                raise ValueError(f"{key!r} is missing, or of another type")
+        if not checkpoint["classes"] or not all(isinstance(c, str) for c in checkpoint["classes"]):
+            raise ValueError("classes are no names")
+        if checkpoint["step"] < 0:
+            raise ValueError(f"step {checkpoint['step']}")
+        if name := first_not_finite(checkpoint):
+            raise ValueError(f"{name} is not finite")
+        check(checkpoint)
+    except Exception as error:                                # a file may hold anything
+        raise UserError(f"{path} cannot be used: {one_line(error)}") from error
+    return checkpoint
+
+
+def check_weights(checkpoint, model):
+    """ValueError: weights, averages or Adam's state are not of this model."""
+    expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
+    for name, state in (("model", checkpoint["model"]), *checkpoint["ema"].items()):
+        if {key: (value.shape, value.dtype) for key, value in state.items()} != expected:
+            raise ValueError(f"the weights {name} are not those of {checkpoint['args']['model']} "
+                             f"for {len(checkpoint['classes'])} classes")
+    averages = checkpoint["args"]["ema_decay"]
+    if not checkpoint["ema"] or list(checkpoint["ema"]) != list(map(str, averages)):
+        raise ValueError(f"averages of {list(checkpoint['ema'])}, not of {averages}")
+    check_moments(checkpoint["optimizer"], (p for p in model.parameters() if p.requires_grad))
+
+
+def first_not_finite(tensors):
+    """The name of a tensor of nested dicts that has a NaN or an infinity; None if there is none."""
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            if found := first_not_finite(value):
+                return f"{name} {found}"
+        elif isinstance(value, torch.Tensor) and not value.isfinite().all():
+            return str(name)
+
+
+def check_moments(optimizer, parameters):
+    """ValueError: Adam's state is not of these parameters; the fused one would crash on it."""
+    for i, parameter in enumerate(parameters):
+        for key in ("exp_avg", "exp_avg_sq"):
+            if optimizer["state"][i][key].shape != parameter.shape:
+                raise ValueError(f"the optimizer's {key} {i} has another shape than the weight")
+
+
+def load_renamed(module, state, renamings):
+    """Strictly loads tensors that have other names. ValueError names what is wrong.
+
+    renamings: (pattern, replacement) in order, from the module's names to the file's. A name with
+    "qkv" is three of the file, query, key and value, one below the other.
+    """
+    loaded, unexpected = {}, set(state)
+    for name, tensor in module.state_dict().items():
+        theirs, shape = name, tuple(tensor.shape)
+        for pattern, replacement in renamings:
+            theirs = re.sub(pattern, replacement, theirs)
+        keys = [theirs]
+        if "qkv" in theirs:
+            keys = [theirs.replace("qkv", part) for part in ("query", "key", "value")]
+            shape = (shape[0] // 3, *shape[1:])
+        for key in keys:
+            if key not in state:
+                raise ValueError(f"missing: {key}")
+            if tuple(state[key].shape) != shape:
+                raise ValueError(f"of another shape: {key} {tuple(state[key].shape)}, not {shape}")
+        unexpected -= set(keys)
+        loaded[name] = torch.cat([state[key] for key in keys]) if len(keys) > 1 else state[theirs]
+    if unexpected:
+        raise ValueError(f"unexpected: {', '.join(sorted(unexpected)[:5])}")
+    module.load_state_dict(loaded, assign=True)

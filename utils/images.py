@@ -1,0 +1,532 @@
+"""Odd pictures and odd folders: what is a picture, how it is meant, which files changed.
+
+Look here to see why a picture, a folder or an npz was refused, left out, or turned; and how
+pictures that were drawn are written.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import time
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from utils.cli import UserError, one_line, printable
+from utils.files import file_hash, free_bytes, hash_of, write_whole
+from utils.processes import from_first, physical_memory, say
+
+# ---- Pictures as tensors -------------------------------------------------------------------------
+
+def to_float(images):
+    """uint8 pictures -> float in [0, 1]; float images stay as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def to_uint8(images):
+    """Decoded images, about [0, 1] -> uint8 pictures."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def resize(images, size):
+    """(B, 3, H, W) -> float (B, 3, size, size), bicubic with antialias; it overshoots: clamp."""
+    return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+
+
+def to_tensor(picture):
+    """PIL -> uint8 (3, H, W)"""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+# ---- A picture -----------------------------------------------------------------------------------
+
+warnings.filterwarnings("ignore", module="PIL")               # of EXIF in disorder, as ImageNet's
+Image.init()
+FORMATS = [name for name in "JPEG MPO PNG WEBP TIFF BMP GIF PPM AVIF JPEG2000 TGA".split()
+           if name in Image.OPEN]                             # PIL knows others, some run programs
+ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+@contextlib.contextmanager
+def open_picture(file):
+    """PIL's picture. Whatever goes wrong with it is a UserError that names the file."""
+    try:
+        if not os.path.isfile(file):                          # a pipe would wait for ever
+            raise ValueError("there is no such file")
+        with Image.open(file, formats=FORMATS) as picture:
+            yield picture
+    except Exception as error:                                # PIL raises many kinds
+        raise UserError(f"{file} cannot be read as a picture ({one_line(error)}): repair "
+                        "it") from error
+
+
+def read_picture(file):
+    """A picture as it is meant: RGB, upright, what is transparent laid on white."""
+    with open_picture(file) as picture:
+        return upright_rgb(picture)
+
+
+# The EXIF orientation -> what makes it upright.
+UPRIGHT = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), start=2))
+
+
+def is_plain(picture):
+    """Would convert("RGB") lose nothing: no orientation, no transparency, no more than 8 bits?"""
+    picture.load()                                            # some formats tell it at the end only
+    return not (picture.getexif().get(0x0112) in UPRIGHT or picture.mode[0] in "IF"
+                or {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info)
+
+
+def upright_rgb(picture):
+    """ValueError: values of more than 8 bits, of which nobody can say which is white; or a clear
+    colour that PIL would not find again among pixels that it has scaled to 8 bits."""
+    layout = picture.tile[0][3] if picture.tile else None     # of a PNG: how its bits are packed
+    if is_plain(picture):
+        return picture.convert("RGB")
+    turn, clear = UPRIGHT.get(picture.getexif().get(0x0112)), picture.info.get("transparency")
+    packed = clear is not None and layout in ("RGB;16B", "L;2", "L;4")
+    if picture.mode[0] in "IF" or packed:
+        raise ValueError("its values are not of 8 bits: save it in 8 bits as it should look")
+    if {"A", "a"} & set(picture.getbands()) or clear is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    return picture if turn is None else picture.transpose(turn)
+
+
+# ---- A folder of pictures ------------------------------------------------------------------------
+
+SYSTEM = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "__macosx",
+          "__pycache__", "system volume information")
+
+
+def is_hidden(name):
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def picture_files(folder):
+    """-> the pictures below a folder, sorted, and {kind: how many} of what else is there.
+
+    A picture is a file with the ending of one of FORMATS. Hidden and system files and folders are
+    left out; links are followed, but nothing is taken twice. A folder that cannot be read is an
+    OSError, a link to nothing a UserError, or a picture for whoever reads it.
+    """
+    pictures, left_out, seen, folders, links = [], Counter(), set(), [os.fspath(folder)], []
+
+    def take(path, is_file):
+        ending = os.path.splitext(path)[1].lower()
+        if is_file and ending in ENDINGS:
+            pictures.append(path)
+        else:
+            left_out[(ending or "without ending") if is_file else "that are no files"] += 1
+
+    while folders or links:
+        if folders:                                           # what is there itself goes first
+            where = folders.pop()
+            status = os.stat(where)
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(where) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    if entry.is_symlink():
+                        links.append(entry.path)
+                    elif entry.is_dir():
+                        folders.append(entry.path)
+                    else:
+                        seen.add((status.st_dev, entry.inode()))
+                        take(entry.path, entry.is_file())
+            links.sort(reverse=True)
+            continue
+        link = links.pop()
+        try:
+            status = os.stat(link)
+        except OSError as error:                              # to nothing, or in a circle
+            if os.path.splitext(link)[1].lower() not in ENDINGS:
+                raise UserError(f"{link} is a link that leads nowhere ({error.strerror}): mend "
+                                "it") from error
+            take(link, True)
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            left_out["links to what is there already"] += 1
+        elif stat.S_ISDIR(status.st_mode):
+            folders.append(link)
+        else:
+            seen.add((status.st_dev, status.st_ino))
+            take(link, stat.S_ISREG(status.st_mode))
+    return sorted(pictures), left_out
+
+
+def contents(folder, files, root, check=False):
+    """-> [stamp, sha256, side] of each file, and the path at which they are remembered.
+
+    As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
+    side: of a picture that was checked, in pixels, or what is wrong with it, a text (that is looked
+    at again each time).
+    """
+    name = f"{folder.name[-40:]}-{hash_of(os.path.realpath(folder))[:12]}.json"
+    path, known, found = Path(root) / "contents" / name, {}, {}
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError):
+            digest, text = path.read_text().split("\n")
+            known = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
+        if not known:
+            say(f"{path} is damaged: the pictures are read anew")
+    reader = f"Pillow {PIL.__version__}"
+    for file in files:
+        try:
+            status = os.stat(os.path.join(folder, file))
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            former, digest, side, checked_by = known.get(file, [None] * 4)
+            kept = stamp == former and checked_by == reader and isinstance(side, int)
+            found[file] = [stamp, digest if stamp == former else None, side if kept else None,
+                           reader]
+        except OSError as error:
+            link = os.path.islink(folder / file) and isinstance(error, FileNotFoundError)
+            why = "is a link that leads nowhere" if link else f"cannot be read: {error.strerror}"
+            found[file] = [None, None, f"{folder / file} {why}", reader]
+
+    def look(file):
+        entry = found[file]
+        try:
+            entry[1] = entry[1] or file_hash(folder / file)
+            if check and entry[2] is None:
+                entry[2] = min(read_picture(folder / file).size)
+        except (OSError, UserError) as error:
+            entry[2] = str(error)
+
+    todo = [file for file, (stamp, digest, side, _) in found.items()
+            if stamp and (digest is None or check and side is None)]
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(look, todo), total=len(todo), desc=f"reading {printable(folder)}",
+                  leave=False, delay=1))
+    # What changed a moment ago may change again within the same tick of the clock: it is not
+    # remembered, but listed if it is bad.
+    settled, new = time.time_ns() - 2 * 10 ** 9, {}
+    for file, (stamp, digest, side, _) in found.items():
+        if stamp and stamp[2] < settled:
+            new[file] = [stamp, digest, side, reader]
+        elif isinstance(side, str):
+            new[file] = [None, None, side, reader]
+    if new != known:
+        text = json.dumps(new)
+        try:
+            with write_whole(path) as part:
+                part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+        except UserError as error:
+            say(f"note: {error}; each start will read all pictures")
+    return [entry[:3] for entry in found.values()], path
+
+
+def what_changed(path, dataset):
+    """In words: how a data set differs from the one whose files and their sums are in path."""
+    try:
+        old, new = json.loads(path.read_text()), sums_of(dataset)
+        kinds = {"added": new.keys() - old.keys(), "removed": old.keys() - new.keys(),
+                 "changed": {file for file in new.keys() & old.keys() if new[file] != old[file]}}
+    except (OSError, ValueError, AttributeError):
+        kinds = {}
+    words = [f"{len(files)} {kind}, {min(files)} first" for kind, files in kinds.items() if files]
+    return "its pictures have changed: " + ("; ".join(words) or "their number, crop or labels")
+
+
+def sums_of(dataset):
+    return dict(zip(getattr(dataset, "files", ()), getattr(dataset, "sums", ())))
+
+
+def count_of(left_out):
+    return ", ".join(f"{n:,} {printable(kind)}" for kind, n in sorted(left_out.items()))
+
+
+# Names of folders that are parts of a data set, or other pictures of the same, and no classes.
+SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|unlabell?ed)"
+                   r"([ _-]?(set|data|images?|[\dab]+))*", re.I)
+PART = re.compile(r"(jpeg|seg(mentation)?|gt|depth|edge)?[ _-]?(image|img|mask|label|annotation|"
+                  r"segmentation|ground[ _-]?truth|gt|rgb|depth|edge|thumbnail)s?[\d _-]*", re.I)
+SHARD = re.compile(r"\d{5}/(img)?\d{5,8}\.\w+")
+
+
+def refuse_what_are_no_classes(folder, classes, files):
+    inside = sorted({file.split(os.sep)[1] for file in files if file.count(os.sep) > 1})
+    nested = all(file.count(os.sep) > 1 for file in files)
+    for kind in (SPLIT, PART):
+        parts = [name for name in classes if kind.fullmatch(name)]
+        if len(parts) > 1 or parts == classes and kind is SPLIT and inside:
+            raise UserError(f"{folder} holds {', '.join(parts[:5])}, which are parts of a data set "
+                            f"and no classes: give one of them, as {folder / parts[0]}")
+    if len(classes) == 1 and nested and len(inside) > 1:
+        say(f"note: {printable(folder)} holds one folder, and that holds "
+            f"{printable(', '.join(inside[:5]))}: if those are the classes, give "
+            f"{printable(folder / classes[0])}")
+    if files and all(SHARD.fullmatch(file.replace(os.sep, "/")) for file in files):
+        raise UserError(f"{folder} holds {', '.join(classes[:3])}, shards and no classes, and no "
+                        "dataset.json with labels: put the pictures into one folder a class")
+
+
+def labels_of_json(path, files):
+    """EDM's and StyleGAN's {"labels": [[file, number], ...]} -> labels of the files, classes."""
+    try:
+        of_file = {os.path.normpath(file): number
+                   for file, number in json.loads(path.read_bytes())["labels"]}
+        if wrong := [number for number in of_file.values() if type(number) is not int]:
+            raise ValueError(f"a label is {one_line(wrong[0], 20)}, no number")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'{path} does not hold {{"labels": [[file, number], ...]}} '
+                        f"({one_line(error)}): mend it, or move it elsewhere if the folders are "
+                        "the classes") from error
+    if different := sorted(set(files) ^ set(of_file)):
+        raise UserError(f"{path} has labels of {len(of_file)} pictures, {len(files)} are there; "
+                        f"{len(different)} are only in one of both, {different[0]} first: mend it")
+    numbers = sorted(set(of_file.values()))
+    return [numbers.index(of_file[file]) for file in files], [str(number) for number in numbers]
+
+
+# ---- A set of pictures to be scored: a folder or an npz ------------------------------------------
+
+# Feature spaces of statistics, and how their keys mu and sigma end in an npz: ADM's mu_s, sigma_s.
+STATISTICS = {"pool": "", "spatial": "_s"}
+
+
+@dataclass
+class PictureSet:
+    """One of two sets to be compared: pictures, or statistics already made of them, or both."""
+    path: str
+    recipe: dict                                        # what it is, for the record
+    n: int = 0                                          # how many pictures
+    load: Callable = None                               # indices -> uint8 (b, 3, H, W), or a list
+    statistics: dict = field(default_factory=dict)      # space -> (mu, sigma)
+    made_with: dict = field(default_factory=dict)       # its statistics, as far as that is known
+    is_dataset: bool = False
+    unlike: set = field(default_factory=set)            # what pytorch-fid reads otherwise: numbers
+    notes: list = field(default_factory=list)
+
+
+def open_folder(path, as_pytorch_fid=False):
+    """Pictures are read as training reads them (upright_rgb), or by PIL's convert alone."""
+    files, left_out = picture_files(path)
+    if not files:
+        raise UserError(f"{path} has no pictures in it or below it ({count_of(left_out)})")
+    try:
+        listing = [f"{os.path.relpath(file, path)} {os.stat(file).st_size}" for file in files]
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: does the link lead nowhere?") from error
+    recipe = {"folder": str(path), "n": len(files), "names_and_sizes_sha256": hash_of(listing),
+              "read": "as pytorch-fid does" if as_pytorch_fid else "as in training"}
+    if left_out:
+        recipe["left_out"] = count_of(left_out)
+    found = PictureSet(str(path), recipe, len(files))
+
+    def read(i):
+        with open_picture(files[i]) as picture:
+            image = to_tensor(picture.convert("RGB") if as_pytorch_fid else upright_rgb(picture))
+            if not is_plain(picture):
+                found.unlike.add(i)
+            return image
+
+    def load(indices):
+        with ThreadPoolExecutor() as pool:                    # PIL lets go of the GIL
+            images = list(pool.map(read, indices))
+        return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+
+    found.load = load
+    return found
+
+
+def open_npz(path):
+    """An npz of pictures or statistics. UserError: of neither, or damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            size, memory = sum(info.file_size for info in file.infolist()), physical_memory()
+        if size > memory:
+            raise ValueError(f"it takes {size / 1e9:,.1f} GB of memory, and here are "
+                             f"{memory / 1e9:,.1f}")
+        with np.load(path) as file:
+            wanted = {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "recipe"}
+            arrays = {key: np.asarray(file[key])              # whole: the zip's sums are checked
+                      for key in wanted.intersection(file.files)}
+            if not arrays.keys() & {"arr_0", "mu"}:
+                raise ValueError("it has neither arr_0 (pictures) nor mu and sigma (statistics), "
+                                 f"but {sorted(file.files)}")
+        found = PictureSet(str(path), {"npz": str(path)})
+        if "recipe" in arrays:
+            found.recipe |= read_recipe(str(arrays["recipe"]))
+        for space, end in STATISTICS.items():
+            if f"mu{end}" in arrays:
+                found.statistics[space] = read_statistics(arrays, end, found)
+        features = found.recipe.get("made_by", {}).get("features")
+        if found.statistics and isinstance(features, dict):
+            found.made_with = {key: str(features[key]) for key in ("pipeline", "weights_sha256")
+                               if key in features}
+        elif "spatial" in found.statistics:                   # ADM's keys: its evaluator made them
+            found.made_with = {"pipeline": "tensorflow"}
+        if "arr_0" in arrays:
+            pictures = arrays["arr_0"]
+            if (pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3
+                    or 0 in pictures.shape):
+                raise ValueError("arr_0 must be pictures, uint8 (N, H, W, 3), not "
+                                 f"{pictures.dtype} {pictures.shape}")
+            found.n, height, width, _ = pictures.shape
+            found.load = lambda indices: torch.from_numpy(    # (b, H, W, 3) -> (b, 3, H, W)
+                pictures[list(indices)]).permute(0, 3, 1, 2)
+            found.recipe |= {"n": found.n, "size": [height, width]}
+        if len(arrays.get("labels", ())):
+            counts = np.unique(arrays["labels"], return_counts=True)[1]
+            found.recipe |= {"classes": len(counts),
+                             "pictures_a_class": f"{counts.min()} to {counts.max()}"}
+        return found
+    except Exception as error:                                # a file may hold anything
+        raise UserError(f"{path} cannot be read as an npz ({one_line(error)})") from error
+
+
+def read_recipe(text):
+    """sample.py's, or ours of statistics; of anything else nothing is believed."""
+    with contextlib.suppress(ValueError, RecursionError):
+        made_by = json.loads(text) if text.count("{") + text.count("[") < 100 else None
+        if isinstance(made_by, dict):
+            return {"made_by": made_by}
+    return {"made_by": {"unknown": one_line(text, 30)}}
+
+
+def read_statistics(arrays, end, found):
+    """mu (d,), sigma (d, d), float64. ValueError: they are none."""
+    mu, sigma = (arrays.get(f"{name}{end}", np.zeros(0)) for name in ("mu", "sigma"))
+    if mu.dtype.kind + sigma.dtype.kind != "ff" or mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise ValueError(f"mu{end} and sigma{end} must be floats of shapes (d,) and (d, d), not "
+                         f"{mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise ValueError(f"mu{end} or sigma{end} is not finite")
+    off, largest = (np.abs(a).max(initial=0) for a in (sigma - sigma.T, sigma))
+    if off > 1e-4 * largest:
+        raise ValueError(f"sigma{end} is not symmetric")
+    if off > 1e-8 * largest:
+        found.notes.append(f"{found.path}: sigma{end} is symmetric to {off / largest:.0e} only, as "
+                           "in float32: the mean of both halves is taken")
+    return mu, (sigma + sigma.T) / 2
+
+
+def kept_statistics(s, cache):
+    """Gives the set those that are kept in the npz `cache`, if they are there and whole."""
+    kept = None
+    try:
+        kept = open_npz(cache).statistics if cache.exists() else None
+    except UserError as error:
+        say(f"{error}: the statistics are made anew")
+    if kept := from_first(kept):
+        s.statistics, s.recipe["statistics_from"] = kept, str(cache)
+    return kept
+
+
+def save_statistics(path, pictures, made_with):
+    """An npz with ADM's keys, and what made it."""
+    arrays = {f"{name}{STATISTICS[space]}": array for space, pair in pictures.statistics.items()
+              for name, array in zip(("mu", "sigma"), pair)}
+    recipe = json.dumps({"pictures": pictures.recipe, "features": made_with})
+    with write_whole(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays, recipe=recipe)
+
+
+@contextlib.contextmanager
+def naming(*sets):
+    """What a distance cannot be made of is an error that names the sets."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{' and '.join(s.path for s in sets)}: {error}") from error
+
+
+# ---- Pictures that were drawn: a grid, a folder, an npz ------------------------------------------
+
+GRIDS = (".png", ".jpg", ".jpeg")
+
+
+def check_room(out, shape, name):
+    """-> the files' names, if `out` is a folder. UserError: no room, or pictures of another run."""
+    size, free = math.prod(shape), free_bytes(out.parent)
+    if free < size:
+        raise UserError(f"{out} needs {size / 1e9:,.1f} GB, but {free / 1e9:.1f} GB are free there")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix.lower() in (".npz", *GRIDS) and not (name or "").endswith("/"):
+        return None
+    names = [[f"{i:06d}{f'-step{frame + 1}' * (shape[0] > 1)}.png" for i in range(shape[1])]
+             for frame in range(shape[0])]
+    others = {file.name for file in out.glob("*") if file.suffix.lower() in ENDINGS}
+    if others := others.difference(*names):
+        raise UserError(f"{out} holds {len(others)} other pictures, {min(others)} first, which "
+                        "would be scored with the new ones: give a new folder")
+    return names
+
+
+def write_pictures(out, pictures, shape, labels, classes, columns, recipe, names):
+    """pictures: arrays (frames, n, 3, S, S) in order, in all of this shape -> an npz, a grid, or a
+    folder of files with these names."""
+    frames, num, *_ = shape
+    if names:
+        start = 0
+        for some in pictures:
+            for frame, row in zip(names, some):
+                for name, picture in zip(frame[start:], row):
+                    with write_whole(out / name) as part:
+                        Image.fromarray(picture.transpose(1, 2, 0)).save(part, "png")
+            start += some.shape[1]
+    elif out.suffix.lower() == ".npz":
+        with write_whole(out) as part, zipfile.ZipFile(part, "w") as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as array:  # as np.savez has it
+                header = {"descr": "|u1", "fortran_order": False,
+                          "shape": (num, *shape[3:], 3)}
+                np.lib.format.write_array_header_1_0(array, header)
+                for some in pictures:
+                    array.write(some[0].transpose(0, 2, 3, 1).tobytes())  # (n, H, W, 3)
+            for name, value in (("labels", labels.numpy()), ("classes", np.array(classes)),
+                                ("recipe", np.array(json.dumps(recipe)))):
+                with file.open(f"{name}.npy", "w") as array:
+                    np.lib.format.write_array(array, value)
+    else:
+        columns = num if frames > 1 else min(columns, 10)
+        captions = [classes[label] for label in labels] * frames
+        images = torch.from_numpy(np.concatenate(list(pictures), axis=1)).flatten(0, 1)
+        with write_whole(out) as part:
+            kind = "png" if out.suffix.lower() == ".png" else "jpeg"
+            picture_grid(images, columns, captions).save(part, kind, quality=95)
+
+
+def picture_grid(images, columns, captions):
+    """uint8 (n, 3, S, S) and n captions -> a PIL image. A row has them where they change."""
+    n, _, S, _ = images.shape
+    zoom, strip = -(-56 // S), 16                             # a cell has 56 pixels or more
+    cell = S * zoom
+    font = ImageFont.load_default(size=11)
+    rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
+    captioned = [r == 0 or any(captions[i] != captions[i - columns] for i in row)
+                 for r, row in enumerate(rows)]
+    size = (columns * cell, len(rows) * cell + sum(captioned) * strip)
+    grid = Image.new("RGB", size, "white")
+    canvas, top = ImageDraw.Draw(grid), 0
+    for row, with_caption in zip(rows, captioned):
+        for column, i in enumerate(row):
+            if with_caption:
+                text = printable(captions[i])
+                while canvas.textlength(text, font) > cell - 2:
+                    text = text[:-1]
+                left = column * cell + (cell - canvas.textlength(text, font)) / 2
+                canvas.text((left, top + 1), text, "black", font)
+            picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())     # (S, S, 3)
+            picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
+            grid.paste(picture, (column * cell, top + with_caption * strip))
+        top += cell + with_caption * strip
+    return grid

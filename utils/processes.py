@@ -1,0 +1,317 @@
+"""One process or many: torchrun, signals, how a command ends, random numbers by keys.
+
+Look here to see how ranks find each other, who speaks, and where random numbers come from.
+"""
+import contextlib
+import errno
+import functools
+import hashlib
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from utils.cli import UserError, one_line, printable
+
+# ---- How a command ends --------------------------------------------------------------------------
+
+DISK_REFUSES = [getattr(errno, name, None) for name in (
+    "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG ENAMETOOLONG ELOOP EIO".split())]
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
+store = None                                                  # which all processes see
+
+
+def user_errors(main):
+    """Decorator of every main(argv=None): an expected error is one line and a non-zero exit.
+
+    A UserError whose text begins with a flag is about the command line: 2. Other UserErrors, a disk
+    that refuses, no memory: 1. Ctrl-C: 130, SIGTERM: 143. Of many processes the first one speaks,
+    as the others' errors follow from it.
+    """
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        received = []
+
+        def stop(signum, frame):
+            received.append(signum)
+            raise KeyboardInterrupt
+
+        for stream in (sys.stdout, sys.stderr):               # any terminal shows any name
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            with on_signals(stop):
+                result = main(argv)
+                sys.stdout.flush()
+                with contextlib.suppress(RuntimeError):       # another failed, and says so itself
+                    barrier()   # or gloo's threads, not yet done with tensors, could deadlock below
+                if received:                                  # somebody had caught it
+                    raise KeyboardInterrupt
+                return result
+        except (Exception, KeyboardInterrupt) as error:
+            text, status = explain(error, received)
+            speaks = first_to_fail()
+            if speaks and text is None:
+                raise
+            if isinstance(error, OSError) and not error.filename:     # maybe of the output
+                with contextlib.suppress(OSError):            # or Python would try it again
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        if speaks and text:
+            # Not into the line of a progress bar.
+            tqdm.write(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
+        raise SystemExit(status)
+    return wrapped
+
+
+def explain(error, signals=()):
+    """-> the line that an error is worth, None for a bug, and the exit status."""
+    if isinstance(error, UserError):
+        return "error: " * (error.status < 128) + str(error), error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what is on the disk is whole", 128 + (signals or [signal.SIGINT])[0]
+    if isinstance(error, BrokenPipeError):                    # of `| head`: it has seen enough
+        return "", 141
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+        return f"error: {error.filename or 'the disk or the output'}: {error.strerror}", 1
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        return ("error: out of memory: lower --batch-size; of train.py raise --accumulate, or give "
+                "--checkpoint-activations"), 1
+    return None, 1
+
+
+@contextlib.contextmanager
+def on_signals(handler):
+    """Ctrl-C and SIGTERM call handler(signum, frame)."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler)
+              for signum in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    try:
+        yield
+    finally:
+        for signum, former in before.items():
+            signal.signal(signum, former)
+
+
+class Stop:
+    """Ctrl-C or SIGTERM ends a run after this step; where there are several processes after the
+    next that is logged, as there they wait for each other."""
+
+    def __init__(self, log_every):
+        self.log_every, self.received = log_every, []
+
+    def receive(self, signum, frame):
+        if signum in self.received:                           # asked twice: at once
+            raise KeyboardInterrupt
+        self.received.append(signum)
+
+    def after(self, step):
+        """-> the signal that ends the run now, or 0."""
+        if store is None:
+            return self.received[0] if self.received else 0
+        if self.received:
+            at = (step // self.log_every + 1) * self.log_every
+            store.compare_set("stop", "", f"{at} {int(self.received[0])}")
+        if not store.check(["stop"]):
+            return 0
+        at, signum = map(int, store.get("stop").split())
+        return signum if step >= at else 0
+
+
+def first_to_fail():
+    if store is None:
+        return True
+    try:
+        return store.add("failed", 1) == 1
+    except RuntimeError:                                      # the one that keeps it is gone
+        return False
+
+
+# ---- One process or many -------------------------------------------------------------------------
+
+def setup(device="auto"):
+    """-> rank, world, torch.device; joins the process group if torchrun started others."""
+    global store
+    rank, world, local = torchrun_environment()
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("there are cpu, cuda (ROCm's, too) and mps")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = one_line(str(error).splitlines()[0])
+        raise UserError(f"--device {device} cannot be used here: {why}") from error
+    # float32 is float32, on every device: what may be coarser is under autocast.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if world == 1 and torch.cuda.device_count() > 1:
+            print("one GPU of several is used; this takes them all: "
+                  f"torchrun --nproc-per-node gpu {' '.join(sys.argv)}", file=sys.stderr)
+    if world > 1 and not dist.is_initialized():
+        try:
+            store = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))[0]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"the {world} processes of WORLD_SIZE do not come together "
+                            f"({one_line(error)}): unset RANK, WORLD_SIZE and LOCAL_RANK, or start "
+                            "with torchrun") from error
+        patience = timedelta(hours=3)                         # while rank 0 downloads
+        store.set_timeout(patience)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=patience)
+    return rank, world, device
+
+
+def torchrun_environment():
+    """-> rank, world, local rank, as torchrun tells them; 0, 1, 0 of a process alone."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        return 0, 1, 0
+    try:
+        rank, world, local = (int(given[name]) for name in names)
+        if world > 1 and not (os.environ["MASTER_ADDR"]
+                              and 0 < int(os.environ["MASTER_PORT"]) < 65536):
+            raise ValueError
+        if not 0 <= rank < world or local < 0:
+            raise ValueError
+        return rank, world, local
+    except (KeyError, ValueError):
+        raise UserError(f"the environment has {given}, which torchrun would not set without valid "
+                        f"{', '.join(names)}, MASTER_ADDR and MASTER_PORT: unset "
+                        f"{' '.join(given)}, or start with torchrun") from None
+
+
+def say(*words):
+    """print, in one process of all."""
+    if not (dist.is_initialized() and dist.get_rank()):
+        print(*words, flush=True)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first_process_first(rank):
+    """What is inside, process 0 does before the others: it downloads, they find it on the disk."""
+    if rank > 0:
+        barrier()
+    yield
+    if rank == 0:
+        barrier()
+
+
+def from_first(value):
+    """Process 0's value, in all processes."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(value):
+    """In process 0 the values of all, in order; in the others nothing."""
+    if not dist.is_initialized():
+        return [value]
+    found = None if dist.get_rank() else [None] * dist.get_world_size()
+    dist.gather_object(value, found)
+    return found or []
+
+
+def prefetch(load, jobs, ahead=2):
+    """load(job) for each job; a thread keeps some of them ready."""
+    with ThreadPoolExecutor(1) as pool:
+        queue = deque()
+        for job in jobs:
+            queue.append(pool.submit(load, job))
+            if len(queue) > ahead:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def autocast(dtype, device):
+    """dtype "bfloat16" or "float32", of the network alone: geometry and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def compiled(network, dtype, *inputs, **more):
+    """The network compiled, and tried on inputs; as it is, with a word, where that fails."""
+    started, found = time.perf_counter(), torch.compile(network, dynamic=False)
+    try:
+        with autocast(dtype, inputs[0].device):
+            predicted = found(*inputs, **more)
+        predicted.float().mean().backward()
+        say(f"compiled in {time.perf_counter() - started:.0f} s")
+    except Exception as error:                                # compilers fail in many ways
+        say(f"note: not compiled, and slower for it ({one_line(error)}); --no-compile does without "
+            "trying")
+        found = network
+    network.zero_grad(set_to_none=True)
+    return found
+
+
+def compiles(asked, device):
+    """--compile, --no-compile, or by default on a GPU for which there is a compiler."""
+    return device.type == "cuda" and bool(find_spec("triton")) if asked is None else asked
+
+
+def peak_memory_gb(device):
+    """Of the GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                           # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024            # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def physical_memory():
+    """Bytes of the machine, as far as it tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+# ---- Random numbers, by keys ---------------------------------------------------------------------
+
+def keyed_generator(*key, device="cpu"):
+    """A generator that is a function of its key alone, e.g. ("eps", seed, step, example)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def global_batch(n, batch_size, step, seed):
+    """Indices (batch_size,) of the examples of a step: one endless row of permutations, cut up.
+
+    A function of (seed, step) alone, so that a resumed run continues exactly where it stopped.
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([epoch_order(n, position // n, seed)[position % n] for position in positions])
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    return torch.randperm(n, generator=keyed_generator("order", seed, epoch)).numpy()

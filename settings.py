@@ -4,7 +4,6 @@ The parser of train.py, the check of a resumed run and that of a checkpoint are 
 A new setting is a new row; its value is then what was done before there was one. Below: what
 differs by data set and by method; what differs by autoencoder stands in rae.AUTOENCODERS.
 """
-import argparse
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from laptop import toy  # laptop
 from model import SiT_models
 from rae import AUTOENCODERS
 from sphere import angle_to_sigma
-from utils.cli import ArgumentParser, number, printable
+from utils.cli import ArgumentParser, add_flags, fits, number, printable
 from utils.processes import torchrun_environment
 
 
@@ -119,18 +118,21 @@ TABLE = [
 ]
 SETTINGS = {row[0]: Setting(*row) for row in TABLE if isinstance(row, tuple)}
 PAPER = {name: setting.value for name, setting in SETTINGS.items()}
-# What older code could also do, and what all of it does now.
+# Of checkpoints: what the oldest have, and what older code could also do, with what is done now.
+ALWAYS = ("dataset", "split", "skip_bad", "rae_patch", "model", "dtype", "seed", "ema_decay", "cfg",
+          "gamma", "sigma", "sampling_noise", "sample_steps")
 GONE = {"pair_noise": "one", "decay": "power", "guidance": "linear"}
 
 # ---- What differs --------------------------------------------------------------------------------
 
-# The paper's FID at 2, 4, 6 steps: 12.22 8.61 7.85, 10.63 6.89 6.18, 6.85 2.25 2.11.
+# The paper's FID at 2, 4, 6 steps: 12.22 8.61 7.85, 10.63 6.89 6.18, 6.85 2.25 2.11. The guidance
+# of flowers is not given: Sphere Encoder's.
 BY_DATASET = {
     "flowers":      dict(rae="dinov2-b", model="SiT-B/1",  epochs=2000, batch_size=256, cfg=1.6),
     "animal-faces": dict(rae="dinov2-b", model="SiT-B/1",  epochs=500,  batch_size=256, cfg=1.0),
     "imagenet":     dict(rae="dinov2-b", model="SiT-XL/1", epochs=600,  batch_size=512, cfg=3.2,
                          sample_every=10_000, save_every=5000),
-}                                   # the guidance of flowers is not given: Sphere Encoder's
+}
 BY_DATASET["toy"] = dict(rae="toy", **toy.SETTINGS_OF_FLOWERS)  # laptop
 BY_METHOD = {
     "meanflow":       dict(p_mean=-0.4),                                  # of its paper
@@ -154,32 +156,6 @@ def defaults(dataset, rae=None, method=None):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def build_parser(description=None):
-    parser = ArgumentParser(description=description)
-    for row in TABLE:
-        if isinstance(row, str):
-            group = parser.add_argument_group(row)
-        elif row is None:
-            break
-        else:
-            name, value, given, _, what = row
-            flag, more = f"--{name.replace('_', '-')}", {"dest": name, "help": what}
-            if given is bool and value:
-                flag, more["action"] = f"--no-{name}", "store_false"
-            elif given is bool:
-                more["action"] = argparse.BooleanOptionalAction if value is None else "store_true"
-            elif isinstance(given, list):
-                more |= {"type": given[0], "nargs": "+"}
-            elif callable(given):
-                more["type"] = given
-            else:
-                more["choices"] = given
-            if name == "steps":                               # or epochs, the next row
-                length = group.add_mutually_exclusive_group()
-            (length if name in ("steps", "epochs") else group).add_argument(flag, **more)
-    return parser
-
-
 def parse_args(argv=None, description=None):
     """-> a namespace with every setting."""
     first = ArgumentParser(add_help=False)                    # these decide about the defaults
@@ -188,7 +164,8 @@ def parse_args(argv=None, description=None):
     known = first.parse_known_args(argv)[0]
     known.dataset = known.dataset or DATASET
     values = defaults(known.dataset, known.rae, known.method)
-    parser = build_parser(description)
+    parser = ArgumentParser(description=description)
+    add_flags(parser, TABLE)
     parser.set_defaults(**{**values, "dataset": known.dataset, "epochs": None})
     args = parser.parse_args(argv)
     args.epochs = args.epochs or (None if args.steps else values["epochs"])
@@ -261,26 +238,11 @@ def completed(args):
     for name, now in GONE.items():
         if args.get(name, now) != now:
             raise ValueError(f"{name} {args[name]!r}: this code knows only {now!r}")
-    if missing := [name for name in ("model", "rae", "dataset", "cfg") if name not in args]:
+    if missing := [name for name in ALWAYS if name not in args]:
         raise ValueError(f"{missing[0]!r} is missing")
     args = {**PAPER, **args}
     for name, setting in SETTINGS.items():
-        if not fits(setting, args[name]):
+        optional = setting.value is None or name == "epochs"              # without --steps
+        if not (args[name] is None and optional or fits(args[name], setting.given)):
             raise ValueError(f"{name} {args[name]!r} is nothing that anybody could have given")
     return args
-
-
-def fits(setting, value):
-    if value is None:
-        return setting.value is None or setting.name == "epochs"          # without --steps
-    if setting.given is bool:
-        return isinstance(value, bool)
-    if isinstance(setting.given, list):
-        one = setting._replace(given=setting.given[0])
-        return isinstance(value, (list, tuple)) and all(fits(one, v) for v in value)
-    if not callable(setting.given):
-        return value in setting.given
-    try:
-        return setting.given(str(value)) == value
-    except (ValueError, argparse.ArgumentTypeError):
-        return False

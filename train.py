@@ -11,14 +11,12 @@ sums), log.jsonl (a line a logged step), samples-*.png, quality.json and ckpt.pt
 sample.py draws. Every setting is explained in settings.py.
 """
 import contextlib
-import json
 import math
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -31,13 +29,16 @@ from laptop import report  # laptop
 from model import SiT
 from rae import AUTOENCODERS, open_latents, open_rae, picture_sides
 from sample import draw, load_run, predict, sampling_settings
-from utils.checkpoint import first_not_finite, save_tensors
-from utils.cli import UserError, printable
-from utils.files import cut_log, locked, write_json, write_whole
+from utils.checkpoint import (first_not_finite, refuse_another_run, refuse_another_start,
+                              save_tensors)
+from utils.cli import UserError, log_line, printable
+from utils.files import append_line, cut_log, locked, write_json, write_whole
 from utils.images import picture_grid, sums_of, what_changed
 from utils.processes import (Stop, autocast, barrier, compiled, compiles, first_process_first,
                              global_batch, keyed_generator, on_signals, peak_memory_gb, prefetch,
-                             say, setup, user_errors)
+                             say, setup, summed, user_errors)
+
+WHAT_TO_DO = "what is on the disk is from before: try a lower --lr, --clip 1 or --dtype float32"
 
 # ---- A step --------------------------------------------------------------------------------------
 
@@ -77,10 +78,15 @@ class Learner:
                      for _ in run["ema_decay"]]
         self.bad_step, self.waited = torch.tensor(-1, device=device), 0.0     # seconds, for data
 
-    def state(self):
+    def state(self, step):
+        """What a checkpoint has of it. UserError: something is not finite."""
+        self.check()
         emas = {str(decay): ema for decay, ema in zip(self.run["ema_decay"], self.emas)}
-        return {"model": self.raw_model.state_dict(), "ema": emas,
-                "optimizer": self.optimizer.state_dict()}
+        state = {"model": self.raw_model.state_dict(), "ema": emas,
+                 "optimizer": self.optimizer.state_dict(), "step": step}
+        if name := first_not_finite(state):
+            raise UserError(f"step {step}: {name} is not finite; {WHAT_TO_DO}")
+        return state
 
     def load(self, checkpoint, with_optimizer=True):
         self.raw_model.load_state_dict(checkpoint["model"])
@@ -177,8 +183,7 @@ class Learner:
     def check(self):
         """UserError: a gradient was not finite. For a GPU a wait; before a log line and a save."""
         if (step := self.bad_step.item()) >= 0:
-            raise UserError(f"step {step}: the gradient norm is not finite; what is on the disk is "
-                            "from before: try a lower --lr, --clip 1 or --dtype float32")
+            raise UserError(f"step {step}: the gradient norm is not finite; {WHAT_TO_DO}")
 
 
 def learning_rate(step, steps, lr, warmup_steps, decay_last):
@@ -188,42 +193,10 @@ def learning_rate(step, steps, lr, warmup_steps, decay_last):
 
 
 def by_angle(values, sigma):
-    """values (n,) -> sums and counts (2, 4) in four bins of the noise angle, each 22.5 deg."""
+    """values (n,) -> sums and counts (2, 4) in four bins of the noise angle, each 22.5 degrees."""
     bins = (torch.rad2deg(torch.atan(sigma)) / 22.5).long().clamp(max=3)
     both = torch.stack([values, torch.ones_like(values)])
     return torch.zeros(2, 4, device=values.device).index_add(1, bins, both)
-
-
-# ---- The log -------------------------------------------------------------------------------------
-
-def plain(sums):
-    """Sums for the log, of this process -> of all processes, as plain numbers."""
-    if dist.is_initialized():
-        for value in sums.values():
-            dist.all_reduce(value)
-    line = {name: value.tolist() for name, value in sums.items()}
-    if "loss_by_angle" in line:
-        line["loss_by_angle"] = [total / n if n else None
-                                 for total, n in zip(*line["loss_by_angle"])]
-    return line
-
-
-def log_line(step, line):
-    """The line of a logged step, in words. Its losses are those that the method has."""
-    others = ("step", "epoch", "loss_by_angle", "grad_norm", "lr", "images_per_s", "waiting",
-              "memory_gb")
-    angles = " ".join("-" if value is None else f"{value:.1f}"
-                      for value in line.get("loss_by_angle", ()))
-    return (f"step {step} " +
-            " ".join(f"{name} {value:.2f}" for name, value in line.items() if name not in others) +
-            f" | by angle 0-22-45-68-90 deg: {angles}" * bool(angles) +
-            f" | gradient {line['grad_norm']:.1f}, {line['images_per_s']:.0f} images/s, "
-            f"waiting {100 * line['waiting']:.1f}%, {line['memory_gb']:.1f} GB")
-
-
-def append_line(path, step, line):
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -260,10 +233,11 @@ def start_run(args, dataset, rank, world, device):
     run = settings.defining(vars(args))
     checkpoint = load_run(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     if checkpoint:
-        check_same_run(out, run, checkpoint["args"], dataset)
+        refuse_another_run(out, run, checkpoint["args"], dataset.recipe,
+                           lambda: what_changed(out / "pictures.json", dataset))
     init = load_run(args.init_from) if args.init_from and not checkpoint else None
     if init:
-        check_init(args.init_from, init, run, dataset)
+        refuse_another_start(args.init_from, init, run, dataset.classes)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
                    args.weights_dir, (checkpoint or init or {}).get("rae"))
     latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
@@ -298,28 +272,6 @@ def start_run(args, dataset, rank, world, device):
     train(args, learner, dataset, rae, latents, start, rank)
 
 
-def check_same_run(out, run, before, dataset):
-    """run: the settings that define this one; before: those of the checkpoint in out."""
-    changed = [f"{name} {before[name]} -> {value}" for name, value in run.items()
-               if before[name] != value]
-    if before["pictures"] != dataset.recipe and not changed:
-        changed = [what_changed(out / "pictures.json", dataset)]
-    if changed:
-        raise UserError(f"{out} holds another run ({'; '.join(changed)}): resume that, or give a "
-                        "new --out-dir")
-
-
-def check_init(path, init, run, dataset):
-    """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
-    names = ("method", "model", "rae", "rae_patch", "image_size", "ema_decay")
-    other = [f"{name} {init['args'][name]}, not {run[name]}" for name in names
-             if init["args"][name] != run[name]]
-    if init["classes"] != dataset.classes:
-        other.append("other classes")
-    if other:
-        raise UserError(f"--init-from {path} has {'; '.join(other)}")
-
-
 def train(args, learner, dataset, rae, latents, start, rank):
     """The loop, from step `start`."""
     out, N, classes = Path(args.out_dir), len(dataset.labels), dataset.classes
@@ -327,15 +279,6 @@ def train(args, learner, dataset, rae, latents, start, rank):
     denoiser = partial(predict, learner.raw_model, learner.emas[0], args.dtype)
     sampler = partial(draw, denoiser, rae, seed=args.seed, null_class=len(classes),
                       **sampling_settings(arguments))
-
-    def save(step):
-        learner.check()
-        state = learner.state()
-        if name := first_not_finite(state):
-            raise UserError(f"step {step}: {name} is not finite; what is on the disk is from "
-                            "before: try a lower --lr, --clip 1 or --dtype float32")
-        save_tensors(out / "ckpt.pt", {**state, "step": step, "args": arguments,
-                                       "classes": classes, "rae": rae.saved()})
 
     def grid(step, again=True):
         """Up to four pictures of each class, 40 at most."""
@@ -374,7 +317,11 @@ def train(args, learner, dataset, rae, latents, start, rank):
             if to_log:
                 learner.check()
                 now = time.perf_counter()
-                line = {"step": step, "epoch": round(step * args.batch_size / N, 3), **plain(sums),
+                losses = summed(sums)
+                if "loss_by_angle" in losses:
+                    losses["loss_by_angle"] = [total / n if n else None
+                                               for total, n in zip(*losses["loss_by_angle"])]
+                line = {"step": step, "epoch": round(step * args.batch_size / N, 3), **losses,
                         "grad_norm": grad_norm.item(), "lr": lr,
                         "images_per_s": (step - clock_step) * args.batch_size / (now - clock),
                         "waiting": learner.waited / (now - clock),
@@ -384,7 +331,8 @@ def train(args, learner, dataset, rae, latents, start, rank):
                     log(step, line)
             stops = stop.after(step)
             if rank == 0 and (stops or step == args.steps or step % args.save_every == 0):
-                save(step)
+                save_tensors(out / "ckpt.pt", {**learner.state(step), "args": arguments,
+                                               "classes": classes, "rae": rae.saved()})
             if stops:
                 barrier()                                     # nobody leaves before it is saved
                 raise UserError(f"stopped at step {step} and saved: the same command resumes it",

@@ -169,7 +169,7 @@ BAD_ARGUMENTS = [
     (train, 2, "--device cuda:99"), (train, 2, "--dataset photos --data-dir photos"), (train, 2, "--dataset \x1b[2J"),
     (train, 2, "--dataset photos --data-dir photos/cache"), (train, 2, "--dataset photos --out-dir photos/run"),
     (train, 2, "--dataset photos --rae pixels --image-size 40"),
-    (train, 2, "--rae pixels --decoder-steps 5"), (train, 2, "--split test"), (train, 1, "--dataset photos/left/0.png"),
+    (train, 2, "--dataset imagenet --split test"), (train, 1, "--dataset photos/left/0.png"),
     (train, 1, "--dataset circle/"), (train, 1, "--dataset photos --data-dir file/deep"), (train, 1, f"--dataset ./{'n' * 300}"),
     (train, 1, f"--dataset photos --out-dir {'n' * 300}"), (train, 1, "--dataset photos --out-dir circle"),
     (train, 2, "--dataset photos --rae dinov2-b --image-size 256 --weights-dir /nowhere --steps 5 --epochs 3"),

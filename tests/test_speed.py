@@ -158,7 +158,7 @@ def test_a_compiled_network_is_the_same(backend, monkeypatch, capsys):
     assert "compiled in" in capsys.readouterr().out and compiled.ddp_model is not compiled.raw_model
     a, b = gradients(plain), gradients(compiled)
     assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(a, b))
-    assert compiled.state()["model"].keys() == plain.state()["model"].keys()
+    assert compiled.state(1)["model"].keys() == plain.state(1)["model"].keys()
     predicted = [of.denoise(torch.zeros(8, dtype=bool), torch.ones(16, 16, 3, 3), torch.arange(16) % 10)
                  for of in (plain, compiled)]
     assert torch.allclose(*predicted, atol=1e-5)

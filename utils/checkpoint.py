@@ -81,6 +81,31 @@ def check_weights(checkpoint, model):
     check_moments(checkpoint["optimizer"], (p for p in model.parameters() if p.requires_grad))
 
 
+def refuse_another_run(out, run, before, recipe, what_changed):
+    """UserError: the checkpoint in `out` is of other settings or pictures.
+
+    run: the settings that define a run; before: those of the checkpoint; recipe: of the pictures.
+    """
+    changed = [f"{name} {before[name]} -> {value}" for name, value in run.items()
+               if before[name] != value]
+    if before["pictures"] != recipe and not changed:
+        changed = [what_changed()]
+    if changed:
+        raise UserError(f"{out} holds another run ({'; '.join(changed)}): resume that, or give a "
+                        "new --out-dir")
+
+
+def refuse_another_start(path, init, run, classes):
+    """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
+    names = ("method", "model", "rae", "rae_patch", "image_size", "ema_decay")
+    other = [f"{name} {init['args'][name]}, not {run[name]}" for name in names
+             if init["args"][name] != run[name]]
+    if init["classes"] != classes:
+        other.append("other classes")
+    if other:
+        raise UserError(f"--init-from {path} has {'; '.join(other)}")
+
+
 def first_not_finite(tensors):
     """The name of a tensor of nested dicts that has a NaN or an infinity; None if there is none."""
     for name, value in tensors.items():

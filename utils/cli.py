@@ -49,6 +49,48 @@ def number(kind, low=-math.inf, high=None):
     return parse
 
 
+def add_flags(parser, table):
+    """A flag for each row of settings.py's table: (name, value, what may be given, same, help).
+
+    A text starts a group, None ends those that have a flag.
+    """
+    for row in table:
+        if isinstance(row, str):
+            group = parser.add_argument_group(row)
+        elif row is None:
+            break
+        else:
+            name, value, given, _, what = row
+            flag, more = f"--{name.replace('_', '-')}", {"dest": name, "help": what}
+            if given is bool and value:
+                flag, more["action"] = f"--no-{name}", "store_false"
+            elif given is bool:
+                more["action"] = argparse.BooleanOptionalAction if value is None else "store_true"
+            elif isinstance(given, list):
+                more |= {"type": given[0], "nargs": "+"}
+            elif callable(given):
+                more["type"] = given
+            else:
+                more["choices"] = given
+            if name == "steps":                               # or epochs, the next row
+                length = group.add_mutually_exclusive_group()
+            (length if name in ("steps", "epochs") else group).add_argument(flag, **more)
+
+
+def fits(value, given):
+    """Is it something that could have been given? given: as in settings.py's table."""
+    if given is bool:
+        return isinstance(value, bool)
+    if isinstance(given, list):
+        return isinstance(value, (list, tuple)) and all(fits(v, given[0]) for v in value)
+    if not callable(given):
+        return value in given
+    try:
+        return given(str(value)) == value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
 def printable(text):
     """Names come from files: nothing in them may steer a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
@@ -111,3 +153,16 @@ def recipe_text(texts):
     return "\n".join(textwrap.fill(text, 100, initial_indent=f"{name:<10}", break_on_hyphens=False,
                                    subsequent_indent=" " * 10, break_long_words=False)
                      for name, text in texts.items()) + "\n"
+
+
+def log_line(step, line):
+    """The line of a logged step, in words. Its losses are those that the method has."""
+    others = ("step", "epoch", "loss_by_angle", "grad_norm", "lr", "images_per_s", "waiting",
+              "memory_gb")
+    angles = " ".join("-" if value is None else f"{value:.1f}"
+                      for value in line.get("loss_by_angle", ()))
+    return (f"step {step} " +
+            " ".join(f"{name} {value:.2f}" for name, value in line.items() if name not in others) +
+            f" | by angle 0-22-45-68-90 deg: {angles}" * bool(angles) +
+            f" | gradient {line['grad_norm']:.1f}, {line['images_per_s']:.0f} images/s, "
+            f"waiting {100 * line['waiting']:.1f}%, {line['memory_gb']:.1f} GB")

@@ -77,6 +77,11 @@ def cut_log(path, step):
         part.write_text("".join(kept))
 
 
+def append_line(path, step, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 @contextlib.contextmanager
 def locked(folder, wait=False):
     """Keeps other runs out of a folder, as long as this process lives; or waits until they are.

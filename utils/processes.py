@@ -231,6 +231,14 @@ def from_first(value):
     return box[0]
 
 
+def summed(sums):
+    """Tensors by name, of this process -> of all processes, as plain numbers and lists."""
+    if dist.is_initialized():
+        for value in sums.values():
+            dist.all_reduce(value)
+    return {name: value.tolist() for name, value in sums.items()}
+
+
 def gather(value):
     """In process 0 the values of all, in order; in the others nothing."""
     if not dist.is_initialized():

@@ -170,6 +170,15 @@ def test_a_decoder_in_bfloat16_is_another_and_a_near_one(flowers):
     assert 0 < (rae.decode(z) - exact).abs().max() < 0.05 and rae.decode(z).dtype == torch.float32
 
 
+@pytest.mark.parametrize("message,argv", [
+    ("--decoder-steps means nothing to --rae toy", ["--decoder-steps", "7"]),
+    ("--rae-patch means nothing to --rae lite0", ["--dataset", "photos", "--rae", "lite0", "--rae-patch", "8"])])
+def test_what_means_nothing_to_an_autoencoder_is_refused(message, argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 def few(init):
     def of_few(self, *args):
         init(self, *args)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import rae as rae_script
+import sample
 import settings
 import train
-from conftest import equal, fit_rae
+from conftest import ROOT, equal, fit_rae
 from data import load_dataset
 from laptop import toy
 from laptop.toy import ToyFlowers
@@ -177,6 +178,19 @@ def test_what_means_nothing_to_an_autoencoder_is_refused(message, argv, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_readmes_snippet_draws(tmp_path):
+    """From a checkpoint to pictures, as it stands; those of sample.py."""
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    old = ROOT / "tests" / "laptop" / "checkpoint-of-november-2026.pt"
+    found, code = {}, code.replace("out/toy-SiT-T-1/ckpt.pt", str(old)).replace("[0, 4, 5]", "[0, 1, 0]")
+    exec(code, found)
+    assert found["images"].shape == (3, 3, 32, 32) and found["images"].dtype == torch.uint8
+    sample.main(["--ckpt", str(old), "--num", "3", "--out", str(tmp_path / "s.npz"), "--device", "cpu"])
+    drawn = torch.from_numpy(np.load(tmp_path / "s.npz")["arr_0"]).permute(0, 3, 1, 2)
+    assert torch.equal(found["images"], drawn)
 
 
 def few(init):

@@ -280,6 +280,7 @@ class Method(NamedTuple):
     sampling: tuple                                           # what its sampler is told
     network: dict = {}                                        # in what it differs from SiT
     times: Callable = None                                    # in the place of noise levels
+    forward_mode: bool = False                                # does it need forward derivatives?
 
 
 OF_SPHERE = ("noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "consistency",
@@ -291,7 +292,7 @@ METHODS = {
     "flow": Method(flow_losses, flow_sample, ("p_mean", "p_std"), ("cfg_scale", "solver"),
                    {"kind": TimedSiT, "num_times": 1}, partial(times, r_equals_t=1.0)),
     "meanflow": Method(meanflow_losses, meanflow_sample, ("p_mean", "p_std"), ("cfg_scale",),
-                       {"kind": TimedSiT, "num_times": 2}, times),
+                       {"kind": TimedSiT, "num_times": 2}, times, forward_mode=True),
     "sphere-encoder": Method(sphere_encoder_losses, sphere_encoder_sample, OF_SPHERE,
                              ("cfg_scale", "gamma", "noise", "sigma"), {"kind": SphereEncoder}),
 }

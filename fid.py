@@ -378,8 +378,8 @@ def cmmd(a, b):
 
 @torch.inference_mode()
 def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world=1, device="cpu"):
-    """-> {space: Statistics} for `statistics` and {space: (n, dim), in order} for `rows`, the same
-    in all processes.
+    """Returns {space: Statistics} for `statistics` and {space: (n, dim), in order} for `rows`, the
+    same in all processes.
 
     extractors: objects with extract(images) -> {space: (b, dim)}. Process r takes the batches r,
     r + world, ...
@@ -567,7 +567,7 @@ def agree(s, made_with):
         if made_with.setdefault(key, s.made_with[key]) != s.made_with[key]:
             raise UserError(f"{s.path}: the features have different {key}, "
                             f"{' and '.join(sorted((made_with[key], s.made_with[key])))}: make the "
-                            "statistics anew")
+                            "statistics again")
 
 
 def load_extractors(spaces, features, pipeline, weights, device):
@@ -601,7 +601,7 @@ def score_small(features, a, b):
 
 
 def score(metric, A, B, rows, made_with):
-    """-> {name: number}. Only Inception's features by the official weights make an FID."""
+    """Returns {name: number}. Only Inception's features by the official weights make an FID."""
     official = made_with.get("weights_sha256", WEIGHTS["sha256"]) == WEIGHTS["sha256"]
     ending = "" if official else ", unofficial weights"
     if metric in FRECHET:

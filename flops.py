@@ -73,7 +73,7 @@ def count_macs(module, *inputs, attention=True):
 
 
 def counted(module, *inputs):
-    """-> MACs of layers, MACs of attention."""
+    """Returns MACs of layers, MACs of attention."""
     def to_meta(tree):
         return tree_map_only(torch.Tensor, lambda t: t.to("meta"), tree)
 
@@ -285,7 +285,7 @@ class UsualLoop:
 
 
 def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, against=None):
-    """-> what was run, and a row for each measured thing. Weights and latents are random."""
+    """Returns what was run, and a row for each measured thing. Weights and latents are random."""
     gpu, rows, rates = device.type != "cpu", [], {}
 
     def measure(what, n, kind, gflops, run):

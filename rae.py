@@ -39,7 +39,7 @@ from utils.processes import (autocast, barrier, first_process_first, from_first,
                              prefetch, say, setup, user_errors)
 
 # Raise it when code changes what an encoder makes of a picture: latents and decoders that were kept
-# are then made anew.
+# are then made again.
 LATENTS_FORMAT = 2
 
 
@@ -273,7 +273,7 @@ def official_rae(weights_dir=None):
 
 
 def official_files(weights_dir=None):
-    """-> part: path of its verified file, in weights_dir, or in the Hub's cache, or fetched."""
+    """Returns {part: its verified file}, from weights_dir, the Hub's cache, or fetched."""
     from huggingface_hub import hf_hub_url
     paths, missing, why = {}, [], f"not in {weights_dir}"
     for part, (repo, revision, file, sha256) in OFFICIAL_FILES.items():
@@ -380,7 +380,7 @@ def open_rae(name, dataset, image_size, patch_size=16, seed=0, device="cpu", wei
 
 
 def picture_sides(name, image_size, patch_size=16):
-    """-> the side that an autoencoder's pictures are brought to, and the least they may have."""
+    """Returns the side that its pictures are brought to, and the least that they may have."""
     of = AUTOENCODERS[name]
     if "rae_patch" not in of.flags:
         return of.sides(image_size)
@@ -411,7 +411,7 @@ def open_latents(dataset, rae, root, cache="auto", rank=0, world=1, flips=True, 
 
 
 def cache_of(dataset, rae, root, flips=True):
-    """-> folder, manifest. The folder's name holds a hash of the manifest: what makes latents."""
+    """Returns folder, manifest. The manifest says what makes latents; its hash is in the name."""
     shape = [len(dataset.labels), 1 + flips, *rae.latent_shape]
     manifest = {"data": dataset.recipe, "autoencoder": rae.fingerprint(), "dtype": "float16",
                 "pictures_a_file": LatentCache.part, "shape": shape}
@@ -470,7 +470,7 @@ class LatentCache:
             files[c].unlink()
         if damaged:
             print(f"{len(damaged)} of {len(self.parts)} files of {self.folder} were damaged: "
-                  "they are encoded anew")
+                  "they are encoded again")
         barrier()
         if not from_first(len(self._files()) == len(self.parts)):         # else it is only read
             with locked(self.folder, wait=True) if rank == 0 else contextlib.nullcontext():

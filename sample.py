@@ -235,8 +235,8 @@ def main(argv=None):
           f"{num} pictures of {len(drawn)} classes in turn: "
           f"{', '.join(drawn[:10])}{', ...' * (len(drawn) > 10)}\n"
           f"{steps} steps of {run['method']}, guidance {settings['cfg_scale']:g}: "
-          f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, {num / seconds:.1f} images/s on "
-          f"{world} x {device.type}\n{out}")
+          f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, "
+          f"{num / seconds:.1f} images/s on {world} x {device.type}\n{out}")
 
 
 def check_given(given, settings, steps):

@@ -157,7 +157,7 @@ def defaults(dataset, rae=None, method=None):
 # ---- The command line ----------------------------------------------------------------------------
 
 def parse_args(argv=None, description=None):
-    """-> a namespace with every setting."""
+    """Returns a namespace with every setting."""
     first = ArgumentParser(add_help=False)                    # these decide about the defaults
     for flag in ("--dataset", "--rae", "--method"):
         first.add_argument(flag)
@@ -203,10 +203,11 @@ def check_args(parser, args):
     if args.alpha_mix < args.alpha_max and args.mix_prob:
         parser.error(f"--alpha-mix {args.alpha_mix:g} is below --alpha-max {args.alpha_max:g}: "
                      "the mix is harder")
-    if args.method == "sphere-encoder" and args.rae != "pixels":
-        parser.error(f"--method sphere-encoder works on pictures: not --rae {args.rae}, but pixels")
-    if args.method == "meanflow" and (args.compile or args.checkpoint_activations):
-        parser.error("--method meanflow differentiates forward, too: no --compile and no "
+    only = BY_METHOD.get(args.method, {}).get("rae", args.rae)
+    if args.rae != only:
+        parser.error(f"--method {args.method} works on pictures: not --rae {args.rae}, but {only}")
+    if METHODS[args.method].forward_mode and (args.compile or args.checkpoint_activations):
+        parser.error(f"--method {args.method} differentiates forward, too: no --compile and no "
                      "--checkpoint-activations")
     if args.method == "sphere" and not args.consistency and args.reconstruct == "low":
         parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "

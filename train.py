@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import settings
 import sphere
-from baselines import NOISE, build_network, variant
+from baselines import METHODS, NOISE, build_network, variant
 from data import describe, load_dataset
 from laptop import report  # laptop
 from model import SiT
@@ -254,10 +254,9 @@ def start_run(args, dataset, rank, world, device):
     start = checkpoint["step"] if checkpoint else 0
     if args.epochs is not None:
         args.steps = -(-args.epochs * N // args.batch_size)
-    compile = (start < args.steps and args.method != "meanflow"           # forward derivatives
-               and compiles(args.compile, device))
+    compile = start < args.steps and not METHODS[args.method].forward_mode
     learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
-                      compile, args.checkpoint_activations)
+                      compile and compiles(args.compile, device), args.checkpoint_activations)
     if checkpoint or init:
         learner.load(checkpoint or init, with_optimizer=not init)
         checkpoint = init = None                              # their tensors are no longer needed

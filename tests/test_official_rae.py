@@ -18,7 +18,7 @@ import data
 import rae as rae_script
 import sample
 import train
-from conftest import ROOT
+from conftest import ROOT, processes
 from utils.cli import UserError
 from utils.files import file_hash
 from model import sincos_2d
@@ -284,59 +284,39 @@ def test_no_network(tmp_path):
     assert lines[0].count("http://127.0.0.1:9/") == 3
 
 
-DRIVER = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import data, rae, train
-changes = json.loads(sys.argv[2])
-for name, value in changes["data"].items():
-    setattr(data, name, value)
-rae.OFFICIAL_FILES, rae.LatentCache.part = changes["files"], 6
-train.main(sys.argv[3:])
-"""
-
-
 def test_the_papers_run_from_end_to_end(weights, server, tmp_path, capsys):
     """Two processes fetch, verify, encode and train; one goes on, without a network; one
     samples, with weights by hand.
     The server stands in for Oxford and the Hub."""
-    changes = {"FLOWERS_URL": server.url + "/flowers/",
-               "FLOWERS_FILES": flowers_stand_in(server.folder / "flowers"),
-               "FLOWERS_CLASSES": data.FLOWERS_CLASSES[:4]}
+    changes = {"data": {"FLOWERS_URL": server.url + "/flowers/",
+                        "FLOWERS_FILES": flowers_stand_in(server.folder / "flowers"),
+                        "FLOWERS_CLASSES": data.FLOWERS_CLASSES[:4]},
+               "rae": {"OFFICIAL_FILES": rae_script.OFFICIAL_FILES}}
     for repo, revision, file, _ in OFFICIAL_FILES.values():
         path = server.folder / repo / "resolve" / revision / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((weights / path.name).read_bytes())
-    (tmp_path / "driver.py").write_text(DRIVER)
     run = tmp_path / "out" / "run"
-    arguments = ["--dataset", "flowers", "--image-size", "32", "--model", "SiT-T/1", "--batch-size",
-                 "8", "--device", "cpu",
-                 "--data-dir", str(tmp_path / "datasets"), "--out-dir", str(run), "--sample-every",
-                 "1000"]
-    changed = json.dumps({"data": changes, "files": rae_script.OFFICIAL_FILES})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.url,
-                   "HF_HOME": str(tmp_path / "hub")}
-    driver = [str(tmp_path / "driver.py"), str(ROOT), changed, *arguments]
-    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                            "--nproc-per-node", "2", *driver,
-                            "--steps", "2", "--report", "4"], env=environment, capture_output=True, text=True,
-                           timeout=120)
-    assert found.returncode == 0, found.stderr
-    assert "encoded 12 pictures" in found.stdout and "in each of 2 processes" in found.stdout
-    assert "24 pictures of 4 classes: pink primrose 6, " in found.stdout
-    assert "latents 48 x 16 x 16" in found.stdout
-    assert "quality report" in found.stdout or (run / "quality.json").exists() or not (ROOT / "laptop").exists()
+    arguments = ["--dataset", "flowers", "--image-size", "32", "--model", "SiT-T/1", "--batch-size", "4",
+                 "--device", "cpu", "--data-dir", tmp_path / "datasets", "--out-dir", run, "--sample-every", "1000"]
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
+    status, said, error = processes("train", [*arguments, "--steps", "2", "--report", "4"], tmp_path, 2,
+                                    environment=environment, changes=changes)
+    assert status == [0, 0], error
+    assert "encoded 24 pictures" in said and "in each of 2 processes" in said
+    assert "24 pictures of 4 classes: pink primrose 6, " in said
+    assert "latents 48 x 16 x 16" in said
+    assert "quality report" in said or (run / "quality.json").exists() or not (ROOT / "laptop").exists()
     before, requests = torch.load(run / "ckpt.pt", weights_only=True), len(server.ranges)
     assert before["step"] == 2 and before["rae"]["name"] == "dinov2-b"
     assert before["args"]["epochs"] is None
     assert before["args"]["lr"] == 1e-4 and before["args"]["alpha_max"] == 85
     assert before["args"]["dtype"] == "bfloat16"
 
-    found = subprocess.run([sys.executable, *driver, "--steps", "3", "--report", "0"],
-                           env={**environment, "HF_HUB_OFFLINE": "1"},
-                           capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, found.stderr
-    assert "resuming" in found.stdout and "encoded" not in found.stdout
+    status, said, error = processes("train", [*arguments, "--steps", "3", "--report", "0"], tmp_path, 1,
+                                    environment={**environment, "HF_HUB_OFFLINE": "1"}, changes=changes)
+    assert status == [0], error
+    assert "resuming" in said and "encoded" not in said
     assert len(server.ranges) == requests
     assert torch.load(run / "ckpt.pt", weights_only=True)["step"] == 3
     sample.main(["--ckpt", str(run / "ckpt.pt"), "--steps", "2", "--weights-dir", str(weights),

@@ -126,7 +126,7 @@ def free_bytes(folder):
 # ---- Checksums -----------------------------------------------------------------------------------
 
 def verify(path, what_to_do, size=None, sha256=None, md5=None):
-    """-> path, if the file has this size in bytes and these sums; else UserError: what_to_do."""
+    """Returns path, if the file has this size in bytes and these sums, or UserError: what_to_do."""
     found = Path(path).stat().st_size
     if size is not None and found != size:
         raise UserError(f"{path} has {found:,} bytes, expected were {size:,}: {what_to_do}")
@@ -152,7 +152,7 @@ def hash_of(value):
 # ---- Downloads -----------------------------------------------------------------------------------
 
 def from_hub(repo, file, revision=None, fetch=True):
-    """-> path, None or None, why not: a file of the Hugging Face Hub, from its cache or fetched."""
+    """Returns path, None or None, why not: a file of the Hub, from its cache or fetched."""
     from huggingface_hub import (get_hf_file_metadata, hf_hub_download, hf_hub_url,
                                  try_to_load_from_cache)
     path, reason = try_to_load_from_cache(repo, file, revision=revision), "no network"
@@ -170,7 +170,7 @@ def from_hub(repo, file, revision=None, fetch=True):
 
 
 def download(url, path, size=None, sha256=None, md5=None):
-    """-> path, a whole and verified file: fetched unless it is there, resumed where it broke off.
+    """Returns path, a whole and verified file: fetched if not there, resumed where it broke off.
 
     size in bytes; http, https and file URLs. UserError: no network, no room, or not the file that
     was expected.

@@ -120,7 +120,7 @@ def is_hidden(name):
 
 
 def picture_files(folder):
-    """-> the pictures below a folder, sorted, and {kind: how many} of what else is there.
+    """Returns the pictures below a folder, sorted, and {kind: how many} of what else is there.
 
     A picture is a file with the ending of one of FORMATS. Hidden and system files and folders are
     left out; links are followed, but nothing is taken twice. A folder that cannot be read is an
@@ -173,7 +173,7 @@ def picture_files(folder):
 
 
 def contents(folder, files, root, check=False):
-    """-> [stamp, sha256, side] of each file, and the path at which they are remembered.
+    """Returns [stamp, sha256, side] of each file, and the path at which they are remembered.
 
     As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
     side: of a picture that was checked, in pixels, or what is wrong with it, a text (that is looked
@@ -186,7 +186,7 @@ def contents(folder, files, root, check=False):
             digest, text = path.read_text().split("\n")
             known = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
         if not known:
-            say(f"{path} is damaged: the pictures are read anew")
+            say(f"{path} is damaged: the pictures are read again")
     reader = f"Pillow {PIL.__version__}"
     for file in files:
         try:
@@ -426,7 +426,7 @@ def kept_statistics(s, cache):
     try:
         kept = open_npz(cache).statistics if cache.exists() else None
     except UserError as error:
-        say(f"{error}: the statistics are made anew")
+        say(f"{error}: the statistics are made again")
     if kept := from_first(kept):
         s.statistics, s.recipe["statistics_from"] = kept, str(cache)
     return kept
@@ -456,7 +456,7 @@ GRIDS = (".png", ".jpg", ".jpeg")
 
 
 def check_room(out, shape, name):
-    """-> the files' names, if `out` is a folder. UserError: no room, or pictures of another run."""
+    """Returns the files' names, if `out` is a folder. UserError: no room, another run's files."""
     size, free = math.prod(shape), free_bytes(out.parent)
     if free < size:
         raise UserError(f"{out} needs {size / 1e9:,.1f} GB, but {free / 1e9:.1f} GB are free there")

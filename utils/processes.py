@@ -80,7 +80,7 @@ def user_errors(main):
 
 
 def explain(error, signals=()):
-    """-> the line that an error is worth, None for a bug, and the exit status."""
+    """Returns the line that an error is worth, None for a bug, and the exit status."""
     if isinstance(error, UserError):
         return "error: " * (error.status < 128) + str(error), error.status
     if isinstance(error, KeyboardInterrupt):
@@ -121,7 +121,7 @@ class Stop:
         self.received.append(signum)
 
     def after(self, step):
-        """-> the signal that ends the run now, or 0."""
+        """Returns the signal that ends the run now, or 0."""
         if store is None:
             return self.received[0] if self.received else 0
         if self.received:
@@ -145,7 +145,7 @@ def first_to_fail():
 # ---- One process or many -------------------------------------------------------------------------
 
 def setup(device="auto"):
-    """-> rank, world, torch.device; joins the process group if torchrun started others."""
+    """Returns rank, world, torch.device; joins the process group if torchrun started others."""
     global store
     rank, world, local = torchrun_environment()
     if device == "auto":
@@ -183,7 +183,7 @@ def setup(device="auto"):
 
 
 def torchrun_environment():
-    """-> rank, world, local rank, as torchrun tells them; 0, 1, 0 of a process alone."""
+    """Returns rank, world, local rank, as torchrun tells them; 0, 1, 0 of a process alone."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if not given:

@@ -91,9 +91,10 @@ class TimedSiT(SiT):
         self.t_embedders = nn.ModuleList(TimestepEmbedder(hidden_size)
                                          for _ in range(self.num_times))
         super().initialize_weights()
-        for embedder in self.t_embedders:
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+
+    def embeddings(self):
+        return [self.y_embedder.weight,
+                *(embed.mlp[i].weight for embed in self.t_embedders for i in (0, 2))]
 
     def condition(self, y, times):
         c = self.y_embedder(y)                                           # (B, D)

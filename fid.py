@@ -503,11 +503,11 @@ def main(argv=None):
         extractors, made_with = load_extractors(
             {space for of_set in needs for some in of_set for space in some}, args.features,
             pipeline, args.inception_weights, device)
+    agree(sets, made_with)
 
     # Each set gets the statistics, and the features of each picture, that the metrics need.
     rows = []
     for s, (spaces, keep) in zip(sets, needs):
-        agree(s, made_with)
         keep, cache = [*extractors[0].networks] if small else keep, None
         if s.is_dataset and spaces:                           # kept for the next time
             key = hash_of([s.recipe, made_with["pipeline"], made_with["weights_sha256"]])[:16]
@@ -549,8 +549,13 @@ def main(argv=None):
 def pipeline_of(sets, asked):
     """How pictures are resized and scaled: asked for, as the statistics say, or pytorch's."""
     known = next((s.made_with["pipeline"] for s in sets[::-1] if "pipeline" in s.made_with), None)
+    if not known and not asked:
+        known = next((s.presumed for s in sets[::-1] if s.presumed), None)
     for s in sets:
-        if (s.statistics and "pipeline" not in s.made_with and not asked
+        if s.presumed not in (None, asked or known):
+            s.notes.append(f"{s.path} has ADM's keys: its features are likely of the pipeline "
+                           f"{s.presumed}, not {asked or known}")
+        elif (s.statistics and not s.made_with and not s.presumed and not asked
                 and any(other.load for other in sets)):
             s.notes.append(f"{s.path} does not say how its features were made: the pipeline "
                            f"{known or 'pytorch'} is supposed; if they are ADM's: --pipeline "
@@ -561,13 +566,14 @@ def pipeline_of(sets, asked):
     return asked or known or "pytorch"
 
 
-def agree(s, made_with):
-    """UserError: the statistics of a set were made otherwise than those it is compared with."""
-    for key in s.made_with:
-        if made_with.setdefault(key, s.made_with[key]) != s.made_with[key]:
-            raise UserError(f"{s.path}: the features have different {key}, "
-                            f"{' and '.join(sorted((made_with[key], s.made_with[key])))}: make the "
-                            "statistics again")
+def agree(sets, made_with):
+    """UserError: statistics were made otherwise than what they are compared with."""
+    for s in sets:
+        for key, value in s.made_with.items():
+            if made_with.setdefault(key, value) != value:
+                raise UserError(f"{' and '.join(s.path for s in sets)}: the features have "
+                                f"different {key}, {' and '.join(sorted((made_with[key], value)))}"
+                                ": make the statistics again")
 
 
 def load_extractors(spaces, features, pipeline, weights, device):

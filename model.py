@@ -110,12 +110,16 @@ class SiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.weight.data.flatten(1))   # as the Linear that it is
         nn.init.zeros_(self.x_embedder.bias)
-        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for weight in self.embeddings():
+            nn.init.normal_(weight, std=0.02)
         for layer in [*self.blocks, self.final_layer]:        # adaLN-Zero: blocks start as identity
             nn.init.zeros_(layer.adaLN_modulation[-1].weight)
         # DiT starts the last layer at zero. Here the loss asks for a direction (1 - cos), and a
         # zero output has none: its gradient has a norm of 1e9. A small random start costs nothing.
         nn.init.normal_(self.final_layer.linear.weight, std=0.02)
+
+    def embeddings(self):
+        return [self.y_embedder.weight]
 
     def condition(self, y):
         """What adaLN is driven by: y (B,) -> (B, D)."""

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import time
 import zlib
 from collections.abc import Callable
@@ -46,7 +47,7 @@ LATENTS_FORMAT = 2
 class RAE(nn.Module):
     """encoder: (B, 3, H, W) in [0, 1] -> (B, C, h, w); decoder: the way back; latent_mean and
     latent_var: (C, h, w), or (C, 1, 1) for any h and w. image_size: what the denoiser's latents
-    decode to; patch_size: pixels to a side of a latent's pixel; files: name -> sha256 of weights
+    decode to; patch_size: pixels to a side of a latent's pixel; files: part -> sha256 of weights
     that a checkpoint need not keep; made_by: what a fitted encoder was made by, where its last bits
     depend on the machine."""
 
@@ -108,7 +109,8 @@ class RAE(nn.Module):
         """A hash of what decides about its latents."""
         digest = hashlib.sha256(f"{self.name} {self.image_size} {LATENTS_FORMAT}".encode())
         if self.files:
-            digest.update(json.dumps([self.files["encoder"], self.files["statistics"]]).encode())
+            of_latents = [sha256 for part, sha256 in self.files.items() if part != "decoder"]
+            digest.update(json.dumps(of_latents).encode())
         elif self.made_by:
             digest.update(json.dumps(self.made_by, sort_keys=True).encode())
         else:
@@ -342,8 +344,8 @@ def load_rae(source, device="cpu", weights_dir=None):
     saved = {"name": source} if isinstance(source, str) else source
     of = AUTOENCODERS.get(saved["name"])
     if of is None or not of.fetch and "state" not in saved:
-        raise ValueError(f"unknown autoencoder {source!r}: those that are fetched can be loaded by "
-                         "name, others from a checkpoint; your own has to be in AUTOENCODERS")
+        raise ValueError(f"unknown autoencoder {saved['name']!r}: those that are fetched can be "
+                         "loaded by name, others from a checkpoint; your own: see AUTOENCODERS")
     if of.fetch:
         rae = of.fetch(weights_dir)
         if saved.get("files", rae.files) != rae.files:
@@ -351,7 +353,8 @@ def load_rae(source, device="cpu", weights_dir=None):
                             f"{rae.name} than these: their sha256 differ")
     else:
         channels = len(saved["state"]["latent_var"])
-        rae = RAE(**of.build(channels, saved["image_size"], saved["patch_size"]))
+        parts = of.build(channels, saved["image_size"], saved["patch_size"])
+        rae = RAE(**{**parts, "name": saved["name"]})
         rae.made_by = saved.get("made_by")
         rae.load_state_dict(saved["state"])
     return rae.to(device)
@@ -369,8 +372,9 @@ def open_rae(name, dataset, image_size, patch_size=16, seed=0, device="cpu", wei
         if rank == 0:
             order = torch.randperm(len(dataset.labels), generator=keyed_generator("fit", seed))
             images = dataset.load(order[:of.pictures_to_fit(image_size, patch_size)])
-            saved = RAE(**of.fit(images, image_size=image_size, patch_size=patch_size, seed=seed,
-                                 device=device, recipe=dataset.recipe)).saved()
+            parts = of.fit(images, image_size=image_size, patch_size=patch_size, seed=seed,
+                           device=device, recipe=dataset.recipe)
+            saved = RAE(**{**parts, "name": name}).saved()
         saved = from_first(saved)
     with first_process_first(rank):
         rae = load_rae(saved or name, device, weights_dir)
@@ -486,8 +490,9 @@ class LatentCache:
     def _files(self):
         """{number: path} of those that are there and have the right size."""
         found = {}
-        for path in sorted(self.folder.glob("[0-9]*-*.f16")):
-            c = int(path.name.split("-")[0])
+        for path in sorted(self.folder.glob("*.f16")):
+            name = re.fullmatch(r"(\d{6})-[0-9a-f]{8}", path.stem)
+            c = int(name[1]) if name else len(self.parts)
             if c < len(self.parts) and path.stat().st_size == self._bytes(self.parts[c]):
                 found.setdefault(c, path)
         return found
@@ -534,10 +539,14 @@ class LatentCache:
         found, size = np.empty((len(indices), *shape), np.float16), 2 * math.prod(shape)  # bytes
         for latent, i, flip in zip(found, np.asarray(indices), np.asarray(flips)):
             part, at = divmod(int(i), self.part)
-            with open(self.files[part], "rb", buffering=0) as file:
-                file.seek((at * flips_of_each + int(flip)) * size)
-                if file.readinto(memoryview(latent).cast("B")) != size:
-                    raise UserError(f"{self.files[part]} has become shorter: remove it")
+            try:
+                with open(self.files[part], "rb", buffering=0) as file:
+                    file.seek((at * flips_of_each + int(flip)) * size)
+                    if file.readinto(memoryview(latent).cast("B")) != size:
+                        raise FileNotFoundError
+            except FileNotFoundError:
+                raise UserError(f"{self.files[part]} is gone, or has become shorter: start again, "
+                                "and it is encoded again") from None
         return torch.from_numpy(found), self.labels[indices]
 
 

@@ -90,8 +90,9 @@ def sampling_settings(run):
     """The sampler as a run (a dict of its settings) was set up for it: keywords of draw."""
     known = {"cfg_scale": run["cfg"], "gamma": run["gamma"], "noise": run["sampling_noise"],
              "sigma": run["sigma"], "solver": "euler"}
-    return {"method": run["method"], "spherify": run["spherify"],
-            **{name: known[name] for name in METHODS[run["method"]].sampling}}
+    method = METHODS[run["method"]]
+    variant = {"spherify": run["spherify"]} if "spherify" in method.flags else {}
+    return {"method": run["method"], **variant, **{name: known[name] for name in method.sampling}}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def check_given(given, settings, steps):
         if len(given["sigma"]) != steps - 1:
             raise UserError(f"--sigmas has {len(given['sigma'])} values: give {steps - 1}, one for "
                             f"each re-noising of {steps} steps")
-        if not settings["spherify"]:
+        if not settings.get("spherify", True):
             raise UserError("--sigmas: without the sphere sampling starts at sigma_max: give "
                             "--sigma")
 

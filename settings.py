@@ -175,7 +175,7 @@ def parse_args(argv=None, description=None):
             parser.error(f"--{flag} means nothing to {why}")
     if args.sigma is None:
         args.sigma = args.sigma_scale * angle_to_sigma(args.alpha_max)
-    if args.out_dir is None:
+    if not args.out_dir:
         name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
         parts = [name, args.model.replace("/", "-")]
         parts += [args.rae] * (args.rae != defaults(args.dataset, None, args.method)["rae"])
@@ -212,6 +212,8 @@ def check_args(parser, args):
     if args.method == "sphere" and not args.consistency and args.reconstruct == "low":
         parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "
                      "both")
+    if len(set(args.ema_decay)) < len(args.ema_decay):
+        parser.error(f"--ema-decay {args.ema_decay}: one of them is there twice")
     world = torchrun_environment()[1]
     if args.batch_size % (world * args.accumulate):
         parser.error(f"--batch-size {args.batch_size} does not divide into {world} processes x "
@@ -243,7 +245,7 @@ def completed(args):
         raise ValueError(f"{missing[0]!r} is missing")
     args = {**PAPER, **args}
     for name, setting in SETTINGS.items():
-        optional = setting.value is None or name == "epochs"              # without --steps
+        optional = name == "epochs" or setting.value is None and name != "sigma"
         if not (args[name] is None and optional or fits(args[name], setting.given)):
             raise ValueError(f"{name} {args[name]!r} is nothing that anybody could have given")
     return args

@@ -218,9 +218,14 @@ def main(argv=None):
 def run_on(args, dataset):
     """A run on any data set (see data.py), with what parse_args returns."""
     rank, world, device = setup(args.device)
-    say(f"{printable(args.dataset)}: {len(dataset.labels):,} pictures of {describe(dataset)}")
+    say(f"{dataset.name}: {len(dataset.labels):,} pictures of {describe(dataset)}")
+    side, _ = picture_sides(args.rae, args.image_size, args.rae_patch)
+    _, _, H, W = dataset.load([0]).shape
+    if (H, W) != (side, side):
+        raise UserError(f"--image-size {args.image_size}: pictures of {H} x {W} are not the {side} "
+                        f"x {side} that --rae {args.rae} takes then")
     if len(dataset.classes) == 1 and args.cfg != 1:
-        say(f"note: {args.dataset} has one class: there is nothing that guidance (--cfg) could "
+        say(f"note: {dataset.name} has one class: there is nothing that guidance (--cfg) could "
             "tell apart")
     alone = rank == 0 and not args.encode_only                # one run writes in a folder
     with locked(args.out_dir) if alone else contextlib.nullcontext():

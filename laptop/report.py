@@ -92,6 +92,8 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
         raise UserError(f"there are no features called {features}: fid.NETWORKS has "
                         f"{', '.join(NETWORKS)}")
     kind, test_set = ("held-out", test_set) if test_set else ("training", train_set)
+    if test_set.classes != train_set.classes:
+        raise UserError(f"{test_set.name} has other classes than {train_set.name}")
     for some in (test_set, train_set):
         counts = torch.bincount(some.labels, minlength=len(train_set.classes))
         if counts.min() < 2:
@@ -197,8 +199,9 @@ def end_of_run(out, run, dataset, rae, sampler, step):
     if not run["report"] or quality.exists() and quality.stat().st_mtime_ns >= saved:
         return
     try:
-        table = quality_report(dataset, held_out_set(run["dataset"], run["image_size"]), rae,
-                               sampler, AUTOENCODERS[rae.name].features, run["report"])
+        test_set = held_out_set(dataset.recipe["dataset"], run["image_size"])
+        table = quality_report(dataset, test_set, rae, sampler, AUTOENCODERS[rae.name].features,
+                               run["report"])
         write_json(quality, table)
         print(report_text(table, run, step))
     except UserError as error:                                # the run is whole all the same

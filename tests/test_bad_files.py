@@ -104,6 +104,8 @@ WRONG = {
     "an autoencoder without state": change("rae", "state", without=True),
     "no moments": change("optimizer", "state", value={}),
     "moments of other shapes": change("optimizer", "state", 3, "exp_avg", value=torch.zeros(2)),
+    "moments without their step": change("optimizer", "state", 3, "step", without=True),
+    "moments of float64": change("optimizer", "state", 3, "exp_avg", value=lambda t: t.double()),
     "NaN in moments": change("optimizer", "state", 3, "exp_avg_sq", value=with_nan),
     "a class less": change("classes", value=["a", "b"]), "no class": change("classes", value=[]),
     "classes are numbers": change("classes", value=[1, 2, 3]), "step -1": change("step", value=-1),

@@ -95,7 +95,7 @@ def test_a_file_that_became_shorter_is_no_latent(setting):
     cache = LatentCache(dataset, rae, root)
     cache.files[7].write_bytes(cache.files[7].read_bytes()[:-2])
     cache.batch(np.array([34]), np.array([1]))
-    with pytest.raises(UserError, match="has become shorter"):
+    with pytest.raises(UserError, match="has become shorter: start again"):
         cache.batch(np.array([35]), np.array([1]))
 
 

@@ -177,6 +177,7 @@ def test_a_broken_checkpoint_is_said(photos, tmp_path, capsys):
     ("--lr: must be 0 or more, not nan", ["--lr", "nan"]),
     ("--rae-patch means nothing to --rae dinov2-b", ["--rae", "dinov2-b", "--rae-patch", "8"]),
     ("not allowed with argument --steps", ["--steps", "2", "--epochs", "3"]),
+    ("--ema-decay [0.5, 0.5]: one of them is there twice", ["--ema-decay", "0.5", "0.50"]),
     ("--device teapot cannot be used here", ["--device", "teapot"]),
 ])
 def test_bad_arguments(message, argv, tmp_path, monkeypatch, capsys):
@@ -318,7 +319,7 @@ def test_one_settings_table_makes_parser_and_checks(capsys):
                             "decay_last")
         assert any(f" {flag}{end}" in said for end in " ],") != flagless, name
         assert setting.what or flagless
-    args = {**settings.PAPER, "pictures": {}}
+    args = {**settings.PAPER, "sigma": 3.0, "pictures": {}}
     assert settings.completed(dict(args)) == args
     oldest = {name: args[name] for name in (*settings.ALWAYS, "pictures")}
     assert settings.completed(dict(oldest)) == args
@@ -326,7 +327,8 @@ def test_one_settings_table_makes_parser_and_checks(capsys):
         with pytest.raises(ValueError, match=name):
             settings.completed({k: v for k, v in oldest.items() if k != name})
     for wrong in ({"pair_noise": "two"}, {"decay": "geometric"}, {"lr": -1.0}, {"lr": "1e-4"}, {"flips": 1}, {"betas": 0.9},
-                  {"ema_decay": [2.0]}, {"gamma": math.nan}, {"batch_size": 2.5}, {"model": None}, {"pictures": []}):
+                  {"ema_decay": [2.0]}, {"gamma": math.nan}, {"batch_size": 2.5}, {"model": None}, {"pictures": []},
+                  {"sigma": None}):
         with pytest.raises(ValueError):
             settings.completed({**args, **wrong})
     assert settings.completed({**args, "pair_noise": "one"})
@@ -353,6 +355,8 @@ def test_pictures_in_memory_train_and_sample(tmp_path, capsys):
     argv[argv.index("--dataset") + 1] = "own"
     train.run_on(train.parse_args(argv), dataset)
     assert "own: 20 pictures of 2 classes: even 10, odd 10" in capsys.readouterr().out
+    with pytest.raises(UserError, match="pictures of 32 x 32 are not the 64 x 64"):
+        train.run_on(train.parse_args([*argv, "--image-size", "64"]), dataset)
     train.run_on(train.parse_args([*argv, "--steps", "3"]), dataset)
     assert "resuming" in capsys.readouterr().out and load(tmp_path)["step"] == 3
     with pytest.raises(UserError, match="its pictures have changed"):

@@ -119,9 +119,10 @@ def first_not_finite(tensors):
 def check_moments(optimizer, parameters):
     """ValueError: Adam's state is not of these parameters; the fused one would crash on it."""
     for i, parameter in enumerate(parameters):
-        for key in ("exp_avg", "exp_avg_sq"):
-            if optimizer["state"][i][key].shape != parameter.shape:
-                raise ValueError(f"the optimizer's {key} {i} has another shape than the weight")
+        state, shape = optimizer["state"][i], parameter.shape
+        for key, expected in (("exp_avg", shape), ("exp_avg_sq", shape), ("step", ())):
+            if (state[key].shape, state[key].dtype) != (expected, torch.float32):
+                raise ValueError(f"the optimizer's {key} {i} has another shape or type")
 
 
 def load_renamed(module, state, renamings):

@@ -311,6 +311,7 @@ class PictureSet:
     load: Callable = None                               # indices -> uint8 (b, 3, H, W), or a list
     statistics: dict = field(default_factory=dict)      # space -> (mu, sigma)
     made_with: dict = field(default_factory=dict)       # its statistics, as far as that is known
+    presumed: str = None                                # their pipeline, where it is not known
     is_dataset: bool = False
     unlike: set = field(default_factory=set)            # what pytorch-fid reads otherwise: numbers
     notes: list = field(default_factory=list)
@@ -372,8 +373,8 @@ def open_npz(path):
         if found.statistics and isinstance(features, dict):
             found.made_with = {key: str(features[key]) for key in ("pipeline", "weights_sha256")
                                if key in features}
-        elif "spatial" in found.statistics:                   # ADM's keys: its evaluator made them
-            found.made_with = {"pipeline": "tensorflow"}
+        elif "spatial" in found.statistics:                   # ADM's keys: its evaluator's, likely
+            found.presumed = "tensorflow"
         if "arr_0" in arrays:
             pictures = arrays["arr_0"]
             if (pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3
@@ -465,7 +466,7 @@ def check_room(out, shape, name):
         return None
     names = [[f"{i:06d}{f'-step{frame + 1}' * (shape[0] > 1)}.png" for i in range(shape[1])]
              for frame in range(shape[0])]
-    others = {file.name for file in out.glob("*") if file.suffix.lower() in ENDINGS}
+    others = {file.name for file in out.glob("[!.]*") if file.suffix.lower() in ENDINGS}
     if others := others.difference(*names):
         raise UserError(f"{out} holds {len(others)} other pictures, {min(others)} first, which "
                         "would be scored with the new ones: give a new folder")

@@ -16,6 +16,7 @@ import rae
 import sample
 import train
 from conftest import ROOT, make_photos, train_args
+from data import InMemory
 from fid import frechet_of_features
 from laptop import lite0, report, toy
 from laptop.report import Features, diversity, quality_report
@@ -302,6 +303,19 @@ def test_the_report_ends_a_run(photos, tmp_path, monkeypatch, capsys):
     for a, b in zip(again, table):
         assert a == {key: value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
                      for key, value in b.items()}
+
+
+def test_pictures_in_memory_are_not_held_against_the_toy(tmp_path, monkeypatch, capsys):
+    """Though --dataset is the toy where nothing else is said."""
+    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 20, 64))
+    images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    args = train.parse_args(["--steps", "1", "--batch-size", "8", "--image-size", "32", "--rae-patch", "16", "--report",
+                             "20", "--out-dir", str(tmp_path / "run"), "--data-dir", str(tmp_path / "datasets")])
+    train.run_on(args, InMemory(images, torch.arange(30) % 10, list("abcdefghij")))
+    assert "| training (the floor)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="toy has other classes than own"):
+        quality_report(InMemory(images, torch.arange(30) % 10, list("abcdefghij")), ToyFlowers(32, "test"), None, None,
+                       "toy")
 
 
 def test_a_report_that_cannot_be_made_fails_no_run(tmp_path, capsys):

@@ -164,15 +164,15 @@ def sincos_2d(dim, grid_size):
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
-def _preset(**sizes):
+def preset(**sizes):
     return lambda kind=SiT, **kwargs: kind(**{**sizes, **kwargs})
 
 
 SiT_models = {
-    "SiT-T/1": _preset(patch_size=1, hidden_size=128, depth=4, num_heads=4),      # ours, the toy's
-    "SiT-XS/1": _preset(patch_size=1, hidden_size=192, depth=6, num_heads=3),     # ours, for lite0
-    "SiT-S/1": _preset(patch_size=1, hidden_size=384, depth=12, num_heads=6),
-    "SiT-B/1": _preset(patch_size=1, hidden_size=768, depth=12, num_heads=12),
-    "SiT-L/1": _preset(patch_size=1, hidden_size=1024, depth=24, num_heads=16),
-    "SiT-XL/1": _preset(patch_size=1, hidden_size=1152, depth=28, num_heads=16),
+    "SiT-T/1": preset(patch_size=1, hidden_size=128, depth=4, num_heads=4),      # ours, the toy's
+    "SiT-XS/1": preset(patch_size=1, hidden_size=192, depth=6, num_heads=3),     # ours, for lite0
+    "SiT-S/1": preset(patch_size=1, hidden_size=384, depth=12, num_heads=6),
+    "SiT-B/1": preset(patch_size=1, hidden_size=768, depth=12, num_heads=12),
+    "SiT-L/1": preset(patch_size=1, hidden_size=1024, depth=24, num_heads=16),
+    "SiT-XL/1": preset(patch_size=1, hidden_size=1152, depth=28, num_heads=16),
 }

@@ -15,6 +15,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import model
+
+# A size for tests, as a forker would add one.
+TINY = "SiT-2/1"
+model.SiT_models[TINY] = model.preset(patch_size=1, hidden_size=32, depth=2, num_heads=2)
 
 
 def make_photos(folder, classes=("left", "right", "top"), each=12, size=(40, 34)):
@@ -49,7 +54,7 @@ def trained(tmp_path_factory):
 def train_args(folder, *more):
     """Arguments of the smallest honest run: pictures in 2 x 2 patches, float32, the CPU."""
     return ["--dataset", str(folder / "photos"), "--image-size", "32", "--rae", "pixels", "--rae-patch", "16",
-            "--model", "SiT-T/1", "--batch-size", "8", "--lr", "2e-3", "--clip", "1", "--dtype", "float32",
+            "--model", TINY, "--batch-size", "8", "--lr", "2e-3", "--clip", "1", "--dtype", "float32",
             "--ema-decay", "0.995", "0.98", "--alpha-max", "75", "--cfg", "1.2", "--sampling-noise", "same",
             "--device", "cpu",
             "--out-dir", str(folder / "out" / "run"), "--data-dir", str(folder / "datasets"),

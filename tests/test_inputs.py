@@ -490,7 +490,7 @@ def test_a_folder_is_scored_as_training_reads_it(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path):
-    code = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import sample\n"
+    code = ("import sys, resource; sys.path.insert(0, sys.argv[1] + '/tests'); import conftest, sample\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))\n"
             "sample.main(['--ckpt', sys.argv[2], '--num', '5000', '--device', 'cpu', '--steps', '1', '--out', sys.argv[3]])")
     found = subprocess.run([sys.executable, "-c", code, str(ROOT), str(trained / "ckpt.pt"), str(tmp_path / "s.npz")],

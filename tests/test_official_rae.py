@@ -300,13 +300,12 @@ def test_the_papers_run_from_end_to_end(weights, server, tmp_path, capsys):
     arguments = ["--dataset", "flowers", "--image-size", "32", "--model", "SiT-T/1", "--batch-size", "4",
                  "--device", "cpu", "--data-dir", tmp_path / "datasets", "--out-dir", run, "--sample-every", "1000"]
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
-    status, said, error = processes("train", [*arguments, "--steps", "2", "--report", "4"], tmp_path, 2,
+    status, said, error = processes("train", [*arguments, "--steps", "2", "--report", "0"], tmp_path, 2,
                                     environment=environment, changes=changes)
     assert status == [0, 0], error
     assert "encoded 24 pictures" in said and "in each of 2 processes" in said
     assert "24 pictures of 4 classes: pink primrose 6, " in said
     assert "latents 48 x 16 x 16" in said
-    assert "quality report" in said or (run / "quality.json").exists() or not (ROOT / "laptop").exists()
     before, requests = torch.load(run / "ckpt.pt", weights_only=True), len(server.ranges)
     assert before["step"] == 2 and before["rae"]["name"] == "dinov2-b"
     assert before["args"]["epochs"] is None

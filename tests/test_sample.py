@@ -37,18 +37,19 @@ def test_a_picture_does_not_depend_on_batch_or_processes(trained, tmp_path):
                    "7")["arr_0"].astype(int)
     three = pictures(trained, tmp_path / "b.npz", "--num", "7", "--batch-size",
                      "3")["arr_0"].astype(int)
+    (tmp_path / "driver.py").write_text("import conftest, sample; sample.main()")     # which knows TINY
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                "2", str(ROOT / "sample.py")]
+                "2", str(tmp_path / "driver.py")]
     subprocess.run([*torchrun, "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu",
                     "--num-images", "7",
                     "--batch-size", "2", "--out", str(tmp_path / "c.npz")], check=True,
                    capture_output=True, timeout=120,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
     two = np.load(tmp_path / "c.npz")["arr_0"].astype(int)
     assert abs(one - three).max() <= 1 and abs(one - two).max() <= 1      # rounding of the last bit
     assert abs(one - pictures(trained, tmp_path / "d.npz", "--num", "7", "--seed",
                               "1")["arr_0"]).mean() > 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz", "c.npz", "d.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz", "c.npz", "d.npz", "driver.py"]
 
 
 def test_numbered_files_grid_and_trajectory(trained, tmp_path):

@@ -14,7 +14,7 @@ import rae
 import sample
 import settings
 import train
-from conftest import ROOT, equal, relative_l2, train_args, processes
+from conftest import ROOT, TINY, equal, relative_l2, train_args, processes
 from data import InMemory
 from utils.cli import UserError
 
@@ -51,7 +51,7 @@ def test_one_process_two_processes_and_accumulation_agree(photos, tmp_path):
         for a, b in zip(log["loss_by_angle"], log_one["loss_by_angle"]):
             assert a == (b and pytest.approx(b, rel=1e-3))
     torch.manual_seed(0)
-    fresh = baselines.SiT_models["SiT-T/1"](input_size=2, in_channels=768, num_classes=3)
+    fresh = baselines.SiT_models[TINY](input_size=2, in_channels=768, num_classes=3)
     assert relative_l2(one["model"], fresh.state_dict()) > 1e-2            # they did go somewhere
 
 
@@ -86,7 +86,7 @@ def test_checkpoint_log_and_pictures(trained):
 
 
 def test_bfloat16_trains_and_the_loss_falls(photos, tmp_path):
-    train.main(train_args(tmp_path, "--steps", "80", "--dtype", "bfloat16", "--noise-dist",
+    train.main(train_args(tmp_path, "--steps", "60", "--dtype", "bfloat16", "--noise-dist",
                           "uniform",
                           "--reconstruct", "both", "--warmup-steps", "5"))
     log = [json.loads(line)
@@ -296,7 +296,7 @@ def test_a_run_starts_from_another(trained, tmp_path, capsys):
     assert start("--steps", "2", "--lr", "0")["step"] == 2    # resumed, not begun again
     fails(capsys, 1, "init_from", [*train_args(folder, "--steps", "3", "--lr", "0", "--ema-decay", "0.995", "0.1"),
                                    "--out-dir", str(tmp_path / "on")])
-    for flags, message in ((["--model", "SiT-S/1"], "has model SiT-T/1, not SiT-S/1"),
+    for flags, message in ((["--model", "SiT-S/1"], "has model SiT-2/1, not SiT-S/1"),
                            (["--rae-patch", "8"], "has rae_patch 16, not 8"),
                            (["--method", "sphere-encoder"], "has method sphere, not sphere-encoder"),
                            (["--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt")):

@@ -3,7 +3,8 @@
     python train.py --method flow                       # SiT: flow matching
     python train.py --method meanflow                   # MeanFlow: average velocities
     python train.py --method sphere-encoder --rae pixels        # Sphere Encoder, on pictures
-    python train.py --noise-dist uniform, --reconstruct both, --no-spherify           # Table 3
+    python train.py --noise-dist uniform                # Table 3; also --reconstruct both
+    python train.py --no-spherify                       # Table 3
 
 Each method is two functions of tensors like sphere.py's: training_losses, from a denoiser and a
 batch, and sample. METHODS and NOISE, at the end, are what train.py and sample.py choose from.
@@ -29,15 +30,15 @@ from sphere import (add_noise, distance, fresh_noise, full_precision, guided, ov
 def uniform_pair(n, alpha_max_deg, alpha_mix_deg, mix_prob, generator=None):
     """As sphere.noise_pair, with r_a, r_b ~ U[0, 1]."""
     r_a, r_b = (torch.rand(n, generator=generator) for _ in range(2))
-    return sphere.mixed(torch.maximum(r_a, r_b), torch.minimum(r_a, r_b), alpha_max_deg,
-                        alpha_mix_deg, mix_prob, generator)
+    return sphere.with_mix(torch.maximum(r_a, r_b), torch.minimum(r_a, r_b), alpha_max_deg,
+                           alpha_mix_deg, mix_prob, generator)
 
 
 def stratified_pair(n, alpha_max_deg, alpha_mix_deg, mix_prob, generator=None):
     """Sphere Encoder's: r_hi ~ U[0, 1], one from each n-th of it; r_lo = r_hi * U[0, 0.5]."""
     r_hi = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     r_lo = r_hi * 0.5 * torch.rand(n, generator=generator)
-    return sphere.mixed(r_hi, r_lo, alpha_max_deg, alpha_mix_deg, mix_prob, generator)
+    return sphere.with_mix(r_hi, r_lo, alpha_max_deg, alpha_mix_deg, mix_prob, generator)
 
 
 # ---- Table 3: Eq. 2 on both levels; no sphere ----------------------------------------------------

@@ -3,7 +3,7 @@
 It is the SiT / DiT of Ma et al. 2024 and Peebles & Xie 2023 with one thing taken away: there is no
 timestep. The class alone drives adaLN-Zero; how noisy the input is, the network sees for itself
 (paper, section 4.1). This file knows nothing of spheres, noise or images: it maps (B, C, H, W) and
-a label to (B, C, H, W).
+a label to (B, C, H, W). In comments: B batch, T tokens, D hidden size, h heads, p patch size.
 """
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """The denoiser G(v, y). `num_classes` itself is the null class of classifier-free guidance.
 
-    input_size: side of the latent in its own pixels; patch_size divides it; 4 and num_heads divide
+    input_size: side H = W of the latent; patch_size divides it; 4 and num_heads divide
     hidden_size; out_channels: in_channels, if not given.
     """
 
@@ -91,7 +91,7 @@ class SiT(nn.Module):
         self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.out_channels = out_channels or in_channels
-        self.checkpoint_activations = False           # compute blocks twice, to save memory
+        self.checkpoint_activations = False           # True: compute blocks twice, to save memory
 
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size)
@@ -108,7 +108,7 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.weight.data.flatten(1))   # as the Linear that it is
+        nn.init.xavier_uniform_(self.x_embedder.weight.data.flatten(1))   # a Linear on each patch
         nn.init.zeros_(self.x_embedder.bias)
         for weight in self.embeddings():
             nn.init.normal_(weight, std=0.02)
@@ -118,18 +118,19 @@ class SiT(nn.Module):
         # zero output has none: its gradient has a norm of 1e9. A small random start costs nothing.
         nn.init.normal_(self.final_layer.linear.weight, std=0.02)
 
+    # These two are what baselines.TimedSiT changes.
     def embeddings(self):
         return [self.y_embedder.weight]
 
     def condition(self, y):
-        """What adaLN is driven by: y (B,) -> (B, D)."""
+        """What drives adaLN: y (B,) -> (B, D)."""
         return self.y_embedder(y)
 
     def forward(self, x, y, *more, drop=None, generator=None):
         """x (B, C, H, W), y (B,) int64 -> (B, out_channels, H, W). more: what `condition` takes.
 
-        Labels are dropped (replaced by the null class) where drop (B,) bool says so; in training
-        mode without it, with probability class_dropout_prob, drawn from generator.
+        drop (B,) bool: labels that the null class replaces. Without it, in training mode, each with
+        probability class_dropout_prob, drawn from generator.
         """
         B, C, H, W = x.shape
         if drop is None and self.training:
@@ -155,7 +156,7 @@ class SiT(nn.Module):
 
 
 def sincos_2d(dim, grid_size):
-    """Fixed positions (1, grid_size ** 2, dim), row-major: sin, cos of the column, of the row."""
+    """Fixed positions (1, grid_size ** 2, dim), row-major: [sin col, cos col, sin row, cos row]."""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                # (D / 4,)
     angle = np.arange(grid_size)[:, None] * omega                         # (G, D / 4), float64
     one_axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)     # (G, D / 2)
@@ -164,7 +165,7 @@ def sincos_2d(dim, grid_size):
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
-def preset(**sizes):
+def preset(**sizes):                                          # kind: the class, SiT or one like it
     return lambda kind=SiT, **kwargs: kind(**{**sizes, **kwargs})
 
 

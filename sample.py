@@ -22,8 +22,8 @@ from tqdm import tqdm
 import sphere
 from baselines import METHODS, build_network, variant
 from rae import check_rae, load_rae
-from settings import completed
-from utils.checkpoint import check_weights, load_checkpoint
+from settings import SETTINGS
+from utils.checkpoint import check_weights, completed, load_checkpoint
 from utils.cli import ArgumentParser, UserError, class_numbers, number, one_line, printable
 from utils.files import locked
 from utils.images import GRIDS, check_room, to_uint8, write_pictures
@@ -47,7 +47,7 @@ def load_run(path):
 
 
 def check_run(checkpoint):
-    checkpoint["args"] = completed(checkpoint["args"])
+    checkpoint["args"] = completed(checkpoint["args"], SETTINGS)
     model, shape = network_of(checkpoint)
     check_weights(checkpoint, model)
     if (found := check_rae(checkpoint)) not in (None, shape):
@@ -57,9 +57,9 @@ def check_run(checkpoint):
 def network_of(checkpoint):
     """Returns its network, with random weights, and the (C, h, w) of its latents."""
     args, state = checkpoint["args"], checkpoint["model"]
-    inside = "encoder." if "encoder.pos_embed" in state else ""           # Sphere Encoder's
-    side = round(state[f"{inside}pos_embed"].shape[1] ** 0.5)
-    shape = (state[f"{inside}x_embedder.weight"].shape[1], side, side)
+    prefix = "encoder." if "encoder.pos_embed" in state else ""           # Sphere Encoder's
+    side = round(state[f"{prefix}pos_embed"].shape[1] ** 0.5)
+    shape = (state[f"{prefix}x_embedder.weight"].shape[1], side, side)
     return build_network(args["method"], args["model"], shape, len(checkpoint["classes"])), shape
 
 
@@ -87,12 +87,12 @@ def predict(model, weights, dtype, v, y, *more):
 
 
 def sampling_settings(run):
-    """The sampler as a run (a dict of its settings) was set up for it: keywords of draw."""
+    """Keywords of `draw` from a run's settings (a dict)."""
     known = {"cfg_scale": run["cfg"], "gamma": run["gamma"], "noise": run["sampling_noise"],
              "sigma": run["sigma"], "solver": "euler"}
     method = METHODS[run["method"]]
-    variant = {"spherify": run["spherify"]} if "spherify" in method.flags else {}
-    return {"method": run["method"], **variant, **{name: known[name] for name in method.sampling}}
+    sphere = {"spherify": run["spherify"]} if "spherify" in method.flags else {}
+    return {"method": run["method"], **sphere, **{name: known[name] for name in method.sampling}}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ def draw_batches(denoiser, rae, batches, seed, steps, null_class, trajectory=Fal
 
 
 def keyed_noise(seed, indices, shape, same, steps):
-    """Noise (n, *shape) without end, of each picture its own; `steps` of it are drawn at once."""
+    """Noise (n, *shape) without end, of each picture its own; for `steps` it is drawn at once, by
+    the thread that calls this."""
     generators = [keyed_generator("sample", seed, int(i)) for i in indices]
     fresh = (torch.stack([torch.randn(shape, generator=g) for g in generators])
              for _ in itertools.count())
@@ -194,13 +195,15 @@ def main(argv=None):
         rae = load_rae(checkpoint["rae"], device, args.weights_dir)
     rae.dtype = args.rae_dtype
 
-    # The question: how many steps, which labels, and what the run was set up for.
+    # What is asked for: how many steps, which labels, and what the run was set up for.
     steps, settings = args.steps or run["sample_steps"], sampling_settings(run)
     given = {"cfg_scale": args.cfg, "gamma": args.gamma, "noise": args.sampling_noise,
              "sigma": args.sigmas or args.sigma, "solver": args.solver}
     given = {name: value for name, value in given.items() if value is not None}
     check_given(given, settings, steps)
     settings |= given
+    if args.sigmas:
+        del settings["gamma"]
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
               **settings, "seed": args.seed,
@@ -208,7 +211,6 @@ def main(argv=None):
               "balance": "label = index mod classes"}
     if args.sigmas:
         settings["sigma"] = lambda t, T: args.sigmas[t - 1]
-        del settings["gamma"]
     num = args.num or (min(len(wanted), 10) if args.trajectory else
                        40 if len(wanted) > 40 else len(wanted) * min(4, 40 // len(wanted)))
     nfe = (steps * (1 if settings["cfg_scale"] == 1 else 2)
@@ -228,13 +230,13 @@ def main(argv=None):
     pictures = (frames.numpy() for _ in rounds for frames in gather(next(drawn, None))
                 if frames is not None)
     if rank > 0:
-        return collections.deque(pictures, maxlen=0)          # empty: it only takes part
+        return collections.deque(pictures, maxlen=0)          # draws its share, gets no pictures
     with locked(out) if names else contextlib.nullcontext():
         write_pictures(out, pictures, shape, labels, classes, len(wanted), recipe, names)
-    seconds, drawn = time.perf_counter() - started, [printable(classes[c]) for c in wanted[:num]]
+    seconds, names = time.perf_counter() - started, [printable(classes[c]) for c in wanted[:num]]
     print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
-          f"{num} pictures of {len(drawn)} classes in turn: "
-          f"{', '.join(drawn[:10])}{', ...' * (len(drawn) > 10)}\n"
+          f"{num} pictures of {len(names)} classes in turn: "
+          f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}\n"
           f"{steps} steps of {run['method']}, guidance {settings['cfg_scale']:g}: "
           f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, "
           f"{num / seconds:.1f} images/s on {world} x {device.type}\n{out}")

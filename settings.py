@@ -1,8 +1,9 @@
 """Every setting once: its name, the paper's value, what may be given, what it is.
 
 The parser of train.py, the check of a resumed run and that of a checkpoint are made of this table.
-A new setting is a new row; its value is then what was done before there was one. Below: what
-differs by data set and by method; what differs by autoencoder stands in rae.AUTOENCODERS.
+To add a setting, add a row. Its value must be what is done without it: older checkpoints are read
+so. Below: what differs by data set and by method; by autoencoder it stands in rae.AUTOENCODERS.
+A line that ends in "# laptop" can be deleted with laptop/.
 """
 import os
 from pathlib import Path
@@ -14,17 +15,16 @@ from laptop import toy  # laptop
 from model import SiT_models
 from rae import AUTOENCODERS
 from sphere import angle_to_sigma
-from utils.cli import ArgumentParser, add_flags, fits, number, printable
+from utils.cli import ArgumentParser, add_flags, number, printable
 from utils.processes import torchrun_environment
 
 
 class Setting(NamedTuple):
-    """given: choices, a type, [a type] for several values, or bool for a flag without a value."""
-    name: str
-    value: object                   # the paper's (Table A); ours where the row says "not given"
-    given: object
-    same: bool                      # a run is resumed with the same value
-    what: str
+    name: str                       # of the flag, too; where the value is True that is --no-NAME
+    value: object                   # the paper's (Table A); ours where the paper does not give it
+    given: object                   # choices, a type, [a type] for several, or bool: no value
+    same: bool                      # SAME: a run is resumed with the same value; ANY: it may change
+    what: str                       # --help
 
 
 SAME, ANY = True, False
@@ -32,17 +32,17 @@ COUNT, AMOUNT, ANGLE = number(int, 1), number(float, 0), number(float, 1, 89.9)
 DATASET, RAE_OF_PATH = "flowers", "dinov2-b"
 DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 
-TABLE = [
+TABLE = [                           # a text starts a group of --help
     "data",
     ("dataset", DATASET, str, ANY, f"{', '.join(DATASETS)}, or the PATH of a folder of classes"),
-    ("split", "all", ("train", "val", "test", "all"), SAME, "of flowers"),
+    ("split", "all", ("train", "val", "test", "all"), SAME, "which pictures of flowers"),
     ("skip_bad", False, bool, ANY, "leave out pictures that cannot be read, and count them"),
     ("flips", True, bool, SAME, "no mirror images: where left and right matter, as for letters"),
     ("image_size", 256, number(int, 1, 4096), SAME, "side in pixels: 256 for dinov2-b"),
     ("rae", "dinov2-b", AUTOENCODERS, SAME,
      "the autoencoder; it decides about other defaults, too; pixels: none"),
     ("rae_patch", 16, number(int, 1, 4096), SAME,
-     "pixels to a side of a patch, of toy and pixels"),
+     "side of a patch in pixels; of --rae toy and --rae pixels"),
     ("decoder_steps", 1200, COUNT, SAME, "steps in which the decoder of lite0 is trained first"),
     ("weights_dir", None, str, ANY, "folder with the files of dinov2-b; without it: the Hub"),
     ("data_dir", "datasets", str, ANY, "where downloads and caches of latents go"),
@@ -57,15 +57,15 @@ TABLE = [
     # The two (mean, std) of the paper's Table 3 are not given; its sources use (0, 1), (-0.4, 1).
     ("p_mean", 0.0, number(float), SAME, "mean of lognorm, before the sigmoid"),
     ("p_std", 1.0, AMOUNT, SAME, "standard deviation of lognorm, before the sigmoid"),
-    ("alpha_max", 85.0, ANGLE, SAME,                # not given: Sphere Encoder's code, as the next
+    ("alpha_max", 85.0, ANGLE, SAME,     # not given; this and alpha_mix are Sphere Encoder's code's
      "largest noise angle, degrees; for other latents try arctan(sqrt(L) / 8)"),
     ("alpha_mix", 89.0, ANGLE, SAME,
      "largest noise angle of the harder range mixed in, degrees"),
     ("mix_prob", 0.2, number(float, 0, 1), SAME, "share of examples from the harder range"),
-    ("reconstruct", "low", ("low", "both"), SAME,                         # its text can mean either
+    ("reconstruct", "low", ("low", "both"), SAME,                         # the text allows both
      "noise levels on which Eq. 2 is taken"),
-    ("consistency", 1.0, AMOUNT, SAME, "weight of Eq. 3; 0: the paper's R"),
-    ("latent_consistency", 0.0, AMOUNT, SAME, "weight of Eq. 4; the paper drops it"),
+    ("consistency", 1.0, AMOUNT, SAME, "factor of Eq. 3 (25 L1 + 1 - cos); 0: the paper's R"),
+    ("latent_consistency", 0.0, AMOUNT, SAME, "factor of Eq. 4; the paper drops it"),
     ("spherify", True, bool, SAME, "the identity in the place of f, in training and in sampling"),
     ("init_from", None, str, SAME,
      "CKPT: start from the weights, averages and autoencoder of another run, at step 0"),
@@ -103,12 +103,12 @@ TABLE = [
     ("cfg", 1.0, AMOUNT, ANY, "guidance scale; 1 is none"),
     ("sampling_noise", "fresh", ("fresh", "same"), ANY,                   # not given
      "new at each step, or the first again"),
-    ("sigma", None, AMOUNT, ANY, "where the decay starts; by default it follows --alpha-max: its "
-     "tangent, times the preset's sigma_scale"),
+    ("sigma", None, AMOUNT, ANY, "noise (no angle) where the decay starts; if not given "
+     "tan(alpha_max) times sigma_scale"),
 
-    None,                                                                 # these have no flag
+    None,                                                                 # train.py has no flag for
     ("sigma_scale", 1.0, AMOUNT, ANY, ""),
-    ("gamma", 1.0, AMOUNT, ANY, "of the decay"),                          # not given, nor its form
+    ("gamma", 1.0, AMOUNT, ANY, "of sphere.decay"),                       # not given, nor its form
     ("sample_steps", 4, COUNT, ANY, "of the grids"),
     ("class_dropout_prob", 0.1, number(float, 0, 1), SAME, "labels dropped, for guidance"),
     ("betas", [0.9, 0.95], [number(float, 0, 1)], SAME, "of AdamW"),      # not given
@@ -118,15 +118,11 @@ TABLE = [
 ]
 SETTINGS = {row[0]: Setting(*row) for row in TABLE if isinstance(row, tuple)}
 PAPER = {name: setting.value for name, setting in SETTINGS.items()}
-# Of checkpoints: what the oldest have, and what older code could also do, with what is done now.
-ALWAYS = ("dataset", "split", "skip_bad", "rae_patch", "model", "dtype", "seed", "ema_decay", "cfg",
-          "gamma", "sigma", "sampling_noise", "sample_steps")
-GONE = {"pair_noise": "one", "decay": "power", "guidance": "linear"}
 
 # ---- What differs --------------------------------------------------------------------------------
 
-# The paper's FID at 2, 4, 6 steps: 12.22 8.61 7.85, 10.63 6.89 6.18, 6.85 2.25 2.11. The guidance
-# of flowers is not given: Sphere Encoder's.
+# The paper's FID at 2, 4, 6 steps, in this order: 12.22 8.61 7.85; 10.63 6.89 6.18; 6.85 2.25 2.11.
+# The guidance of flowers is not given: Sphere Encoder's. The paper has another gamma for imagenet.
 BY_DATASET = {
     "flowers":      dict(rae="dinov2-b", model="SiT-B/1",  epochs=2000, batch_size=256, cfg=1.6),
     "animal-faces": dict(rae="dinov2-b", model="SiT-B/1",  epochs=500,  batch_size=256, cfg=1.0),
@@ -141,10 +137,9 @@ BY_METHOD = {
 
 
 def defaults(dataset, rae=None, method=None):
-    """What is done where nothing else is given.
-
-    The paper's settings, then those of the autoencoder; if it is the data set's own (or has none)
-    those of the data set; then those of the method.
+    """Settings where no flag is given. Each overrides what stands before it: the paper's; those of
+    the autoencoder; those of the data set, unless another autoencoder than its own was asked for
+    (one without settings, as pixels, counts as its own); those of the method.
     """
     of_dataset = {"rae": RAE_OF_PATH, **BY_DATASET.get(dataset, {})}
     if rae not in AUTOENCODERS or rae == of_dataset["rae"] or AUTOENCODERS[rae].settings is None:
@@ -186,7 +181,8 @@ def parse_args(argv=None, description=None):
 
 
 def idle(values):
-    """Yields the settings that another one makes idle, and which one that is."""
+    """Yields the settings that have no effect under the chosen method, autoencoder or noise, and
+    under which. The registries' `flags` are settings that not all of their entries know."""
     for kind, registry in (("method", METHODS), ("rae", AUTOENCODERS), ("noise_dist", NOISE)):
         known = registry[values[kind]].flags
         if kind == "noise_dist" and kind not in METHODS[values["method"]].flags:
@@ -226,26 +222,6 @@ def check_args(parser, args):
                              "class of pictures")
 
 
-# ---- A checkpoint's ------------------------------------------------------------------------------
-
 def defining(values):
     """Of all settings (a dict) those with which alone a run is resumed."""
     return {name: values[name] for name, setting in SETTINGS.items() if setting.same}
-
-
-def completed(args):
-    """A checkpoint's settings, those that came later among them. ValueError: nobody could have
-    given them, or this code cannot do what they ask for."""
-    if not isinstance(args.get("pictures"), dict):
-        raise ValueError("'pictures' is missing, or of another type")
-    for name, now in GONE.items():
-        if args.get(name, now) != now:
-            raise ValueError(f"{name} {args[name]!r}: this code knows only {now!r}")
-    if missing := [name for name in ALWAYS if name not in args]:
-        raise ValueError(f"{missing[0]!r} is missing")
-    args = {**PAPER, **args}
-    for name, setting in SETTINGS.items():
-        optional = name == "epochs" or setting.value is None and name != "sigma"
-        if not (args[name] is None and optional or fits(args[name], setting.given)):
-            raise ValueError(f"{name} {args[name]!r} is nothing that anybody could have given")
-    return args

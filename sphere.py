@@ -2,8 +2,9 @@
 
 Latents live on the sphere of radius sqrt(L), L = C * H * W. A noise level is an angle: adding
 Gaussian noise of standard deviation sigma and projecting back turns a latent by arctan(sigma). The
-denoiser learns to undo any angle up to alpha_max, without being told which. Sampling starts from
-pure noise and repeats: denoise, project, add less noise.
+denoiser learns to undo angles up to alpha_max, for some examples alpha_mix, without being told
+which. Sampling starts from pure noise, which is at about 90 degrees from any latent, and repeats:
+denoise, project, add less noise.
 
 Everything here is a function of tensors. Latents are (B, C, H, W); geometry and losses are float32
 whatever autocast says. The other choices of the paper's Table 3 are in baselines.py.
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 # ---- The sphere ----------------------------------------------------------------------------------
 
 def full_precision(x):
-    """float32 from anything less; float64 stays."""
+    """At least float32: half precision is raised, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -51,18 +52,19 @@ def add_noise(v, sigma, eps):
 
 def noise_pair(n, p_mean=0.0, p_std=1.0, alpha_max_deg=85.0, alpha_mix_deg=89.0, mix_prob=0.2,
                generator=None):
-    """Two noise levels for each of n examples, sigma = r * tan(alpha_max), r logit-normal.
+    """Two noise levels for each of n examples: sigma = r * tan(alpha_max), r logit-normal; then the
+    mix, see with_mix.
 
     Returns sigma_hi >= sigma_lo, each (n,), on the generator's device.
     """
     device = generator.device if generator is not None else "cpu"
     r_a, r_b = (torch.sigmoid(p_mean + p_std * torch.randn(n, generator=generator, device=device))
                 for _ in range(2))
-    return mixed(torch.maximum(r_a, r_b), torch.minimum(r_a, r_b), alpha_max_deg, alpha_mix_deg,
-                 mix_prob, generator)
+    return with_mix(torch.maximum(r_a, r_b), torch.minimum(r_a, r_b), alpha_max_deg, alpha_mix_deg,
+                    mix_prob, generator)
 
 
-def mixed(r_hi, r_lo, alpha_max_deg, alpha_mix_deg, mix_prob, generator=None):
+def with_mix(r_hi, r_lo, alpha_max_deg, alpha_mix_deg, mix_prob, generator=None):
     """Table A's mix: r_hi, r_lo in [0, 1], (n,) each -> sigma_hi, sigma_lo.
 
     With probability mix_prob the high level comes from a harder range instead, uniform in sigma
@@ -80,14 +82,16 @@ def mixed(r_hi, r_lo, alpha_max_deg, alpha_mix_deg, mix_prob, generator=None):
 
 # ---- Losses (section 4.2, appendix B) ------------------------------------------------------------
 
-# Table A: the weights of L1 and of 1 - cos in Eq. 2 and Eq. 3. Eq. 4 has the cosine alone.
-RECONSTRUCTION, CONSISTENCY, LATENT_CONSISTENCY = (50.0, 1.0), (25.0, 1.0), (0.0, 1.0)
+# Table A: the weights of L1 and of 1 - cos.
+RECONSTRUCTION = (50.0, 1.0)                                  # Eq. 2
+CONSISTENCY = (25.0, 1.0)                                     # Eq. 3
+LATENT_CONSISTENCY = (0.0, 1.0)                               # Eq. 4 has the cosine alone
 
 
 def distance(pred, target, l1_weight, cos_weight):
-    """Weighted sum of mean |pred - target| and 1 - cos of the flattened latents, each example's.
+    """Weighted sum of mean |pred - target| and 1 - cos of the flattened latents.
 
-    pred and target (B, C, H, W) -> (B,)
+    pred and target (B, C, H, W) -> (B,), one number an example.
     """
     pred = full_precision(pred).flatten(1)                    # (B, C, H, W) -> (B, L)
     target = full_precision(target).flatten(1)
@@ -106,7 +110,8 @@ def consistency_loss(pred_hi, pred_lo):
 
 
 def latent_consistency_loss(denoiser, pred_hi, sigma_hi, eps, y):
-    """Eq. 4, 1 - cos between a prediction and what the denoiser makes of it, noised again as much.
+    """Eq. 4: project the prediction, add noise of the same level, denoise again; 1 - cos between
+    the two predictions.
 
     The paper drops this term (it slows training and ends worse); no stop-gradient is our reading.
     """
@@ -115,11 +120,12 @@ def latent_consistency_loss(denoiser, pred_hi, sigma_hi, eps, y):
 
 
 def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, eps_again=None):
-    """One training step of the paper: the losses by name, and the two predictions.
+    """One training step of the paper. Returns the losses by name, whose sum is to be minimised, and
+    the two predictions.
 
-    z (B, C, H, W) clean latents, y (B,), sigma_hi and sigma_lo (B,); eps as z, for both levels.
-    eps_again: the noise of Eq. 4, which is left out without it. Eq. 2 is taken on the less noisy
-    prediction, as Sphere Encoder does.
+    z (B, C, H, W) clean latents, y, sigma_hi, sigma_lo (B,); eps as z: one noise for both levels.
+    eps_again: the noise of Eq. 4, which is left out without it. That Eq. 2 is taken on the less
+    noisy prediction is our reading, and what Sphere Encoder does.
     """
     v = spherify(z)
     noisy = torch.cat([add_noise(v, sigma_hi, eps), add_noise(v, sigma_lo, eps)])       # Eq. 1
@@ -135,12 +141,13 @@ def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, eps_again=None):
 # ---- Sampling (Algorithm 1) ----------------------------------------------------------------------
 
 def decay(sigma_max=angle_to_sigma(85.0), gamma=1.0):
-    """sigma_t as a function of t and T. How the paper's "decay factor" enters is a guess."""
+    """sigma_t = sigma_max * (1 - t / T) ** gamma. The paper has a "decay factor"; its place here is
+    our guess."""
     return lambda t, T: sigma_max * (1 - t / T) ** gamma
 
 
 def fresh_noise(shape, generator=None, device="cpu"):
-    """N(0, I) without end. itertools.repeat(next(...)) is the same noise at every step."""
+    """N(0, I) without end. For one noise at every step pass itertools.repeat(eps) in its place."""
     while True:
         yield torch.randn(shape, generator=generator, device=device)
 
@@ -149,6 +156,7 @@ def fresh_noise(shape, generator=None, device="cpu"):
 def sample(denoiser, shape, y, steps, cfg_scale=1.0, sigma=decay(), noise=None, null_class=None,
            trajectory=None):
     """Algorithm 1. Returns z_hat of the last step as predicted (not projected), for the decoder.
+    The line numbers are the paper's; README.md has them all.
 
     denoiser(v, y): v (B, C, H, W) = shape, y (B,) on the device to work on.
     sigma(t, T): the noise added after step t of T. noise: an iterator of noise like v, without end.

@@ -5,9 +5,9 @@
     torchrun --nproc-per-node gpu train.py --dataset flowers  # the paper's; animal-faces, imagenet
 
 The same command again resumes the run; Ctrl-C and SIGTERM save before they end it. Everything
-random is a function of (seed, step, example), so neither a stop nor (but for the order of sums) the
-number of processes changes it. out/<run>/ receives args.json, pictures.json (the files and their
-sums), log.jsonl (a line a logged step), samples-*.png, quality.json and ckpt.pt, from which
+random is a function of (seed, step, example): a resumed run is identical, another number of
+processes differs in rounding alone. out/<run>/ receives args.json, pictures.json (files and their
+checksums), log.jsonl (a line a logged step), samples-*.png, quality.json and ckpt.pt, from which
 sample.py draws. Every setting is explained in settings.py.
 """
 import contextlib
@@ -46,7 +46,7 @@ WHAT_TO_DO = "what is on the disk is from before: try a lower --lr, --clip 1 or 
 class Learner:
     """The denoiser with its optimizer and EMAs, and a step of its training.
 
-    run: the settings that define it, as settings.PAPER. raw_model is what is saved and sampled;
+    run: settings, at least those that define a run. raw_model is what is saved and sampled;
     ddp_model, which may also be compiled, averages gradients over `world` processes. A process
     takes its share of a batch in `accumulate` micro-batches.
     """
@@ -97,8 +97,8 @@ class Learner:
                      for decay in self.run["ema_decay"]]
 
     def draw_inputs(self, latents, step, m):
-        """z (b, C, h, w), and y, two noise levels, dropped labels, (b,) each, of the m-th
-        micro-batch of a step: a function of (seed, step), so that a thread may ask for it ahead."""
+        """Returns z (b, C, h, w) float16 and y, sigma_hi, sigma_lo (or times t, r) and drop, (b,)
+        each, of micro-batch m of a step. A function of (seed, step, m): a thread asks ahead."""
         run, n = self.run, self.run["batch_size"]
         # What is small is drawn for the global batch; then each process takes its part.
         g = keyed_generator("batch", run["seed"], step)
@@ -126,17 +126,17 @@ class Learner:
                 name, self.run["seed"], step, first + i, device=z.device)) for i in range(len(z))])
 
     def denoise(self, drop, v, y, *more):
-        """Several noise levels of the same examples, one below the other, drop the same labels."""
+        """v (k b, C, h, w): the batch at k noise levels; an example drops the same label in all."""
         with autocast(self.run["dtype"], self.device):
             return self.ddp_model(v, y, *more, drop=drop.repeat(len(v) // len(drop)))
 
     def add_gradients(self, step, batches, to_log=False):
-        """Forward and backward -> sums over the batch for the log: losses, and those by angle.
+        """Forward and backward. Returns sums over the batch for the log: losses, and by angle.
 
-        batches: an iterator of what draw_inputs gives.
+        batches: an iterator of what draw_inputs returns.
         """
         weights = {"consistency": self.run["consistency"], "squared_error": 0,
-                   "latent_consistency": self.run["latent_consistency"]}  # of all others 1
+                   "latent_consistency": self.run["latent_consistency"]}  # all others: 1
         sums = {}
         for m in range(self.accumulate):
             started = time.perf_counter()
@@ -164,8 +164,8 @@ class Learner:
         return sums
 
     def update(self, step, lr):
-        """Returns the norm of the gradients before they were clipped, on the device: the CPU waits
-        for nothing here. See check."""
+        """Returns the gradients' norm before they were clipped. It stays on the device: reading a
+        number would make the CPU wait. See check."""
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.run["clip"] or math.inf)
         first_bad = ~norm.isfinite() & (self.bad_step < 0)
         self.bad_step = torch.where(first_bad, step, self.bad_step)
@@ -174,7 +174,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for decay, ema in zip(self.run["ema_decay"], self.emas):
-            if not self.run["init_from"]:                     # or random weights would linger
+            if not self.run["init_from"]:                     # the random start is soon forgotten
                 decay = min(decay, (1 + step) / (10 + step))
             average = get_ema_multi_avg_fn(decay)
             average(list(ema.values()), list(self.raw_model.state_dict().values()), None)
@@ -217,7 +217,7 @@ def main(argv=None):
 
 def run_on(args, dataset):
     """A run on any data set (see data.py), with what parse_args returns."""
-    rank, world, device = setup(args.device)
+    rank, world, device = setup(args.device)                  # again: it may be called from Python
     say(f"{dataset.name}: {len(dataset.labels):,} pictures of {describe(dataset)}")
     side, _ = picture_sides(args.rae, args.image_size, args.rae_patch)
     _, _, H, W = dataset.load([0]).shape
@@ -227,8 +227,8 @@ def run_on(args, dataset):
     if len(dataset.classes) == 1 and args.cfg != 1:
         say(f"note: {dataset.name} has one class: there is nothing that guidance (--cfg) could "
             "tell apart")
-    alone = rank == 0 and not args.encode_only                # one run writes in a folder
-    with locked(args.out_dir) if alone else contextlib.nullcontext():
+    writes = rank == 0 and not args.encode_only               # one run at a time in a folder
+    with locked(args.out_dir) if writes else contextlib.nullcontext():
         start_run(args, dataset, rank, world, device)
 
 

@@ -16,6 +16,7 @@ import settings
 import train
 from conftest import ROOT, TINY, equal, relative_l2, train_args, processes
 from data import InMemory
+from utils.checkpoint import ALWAYS, completed
 from utils.cli import UserError
 
 
@@ -320,18 +321,18 @@ def test_one_settings_table_makes_parser_and_checks(capsys):
         assert any(f" {flag}{end}" in said for end in " ],") != flagless, name
         assert setting.what or flagless
     args = {**settings.PAPER, "sigma": 3.0, "pictures": {}}
-    assert settings.completed(dict(args)) == args
-    oldest = {name: args[name] for name in (*settings.ALWAYS, "pictures")}
-    assert settings.completed(dict(oldest)) == args
-    for name in settings.ALWAYS:
+    assert completed(dict(args), settings.SETTINGS) == args
+    oldest = {name: args[name] for name in (*ALWAYS, "pictures")}
+    assert completed(dict(oldest), settings.SETTINGS) == args
+    for name in ALWAYS:
         with pytest.raises(ValueError, match=name):
-            settings.completed({k: v for k, v in oldest.items() if k != name})
+            completed({k: v for k, v in oldest.items() if k != name}, settings.SETTINGS)
     for wrong in ({"pair_noise": "two"}, {"decay": "geometric"}, {"lr": -1.0}, {"lr": "1e-4"}, {"flips": 1}, {"betas": 0.9},
                   {"ema_decay": [2.0]}, {"gamma": math.nan}, {"batch_size": 2.5}, {"model": None}, {"pictures": []},
                   {"sigma": None}):
         with pytest.raises(ValueError):
-            settings.completed({**args, **wrong})
-    assert settings.completed({**args, "pair_noise": "one"})
+            completed({**args, **wrong}, settings.SETTINGS)
+    assert completed({**args, "pair_noise": "one"}, settings.SETTINGS)
 
 
 def test_sampling_in_training_is_that_of_sample_py(photos, tmp_path, monkeypatch):

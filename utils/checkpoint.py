@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UserError, one_line
+from utils.cli import UserError, fits, one_line
 from utils.files import write_whole
 
 
@@ -66,6 +66,30 @@ def load_checkpoint(path, check=lambda checkpoint: None):
     except Exception as error:                                # a file may hold anything
         raise UserError(f"{path} cannot be used: {one_line(error)}") from error
     return checkpoint
+
+
+# Of checkpoints: what the oldest have, and what older code could also do, with what is done now.
+ALWAYS = ("dataset", "split", "skip_bad", "rae_patch", "model", "dtype", "seed", "ema_decay", "cfg",
+          "gamma", "sigma", "sampling_noise", "sample_steps")
+GONE = {"pair_noise": "one", "decay": "power", "guidance": "linear"}
+
+
+def completed(args, settings):
+    """A checkpoint's settings, with those that came later. settings: as settings.SETTINGS.
+    ValueError: nobody could have given them, or this code cannot do what they ask for."""
+    if not isinstance(args.get("pictures"), dict):
+        raise ValueError("'pictures' is missing, or of another type")
+    for name, now in GONE.items():
+        if args.get(name, now) != now:
+            raise ValueError(f"{name} {args[name]!r}: this code knows only {now!r}")
+    if missing := [name for name in ALWAYS if name not in args]:
+        raise ValueError(f"{missing[0]!r} is missing")
+    args = {**{name: setting.value for name, setting in settings.items()}, **args}
+    for name, setting in settings.items():
+        optional = name == "epochs" or setting.value is None and name != "sigma"
+        if not (args[name] is None and optional or fits(args[name], setting.given)):
+            raise ValueError(f"{name} {args[name]!r} is nothing that anybody could have given")
+    return args
 
 
 def check_weights(checkpoint, model):

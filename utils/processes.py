@@ -73,8 +73,9 @@ def user_errors(main):
             if dist.is_initialized():
                 dist.destroy_process_group()
         if speaks and text:
-            # Not into the line of a progress bar.
-            tqdm.write(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
+            for bar in list(getattr(tqdm, "_instances", ())):  # the line is the last, and alone
+                bar.close()
+            print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
         raise SystemExit(status)
     return wrapped
 

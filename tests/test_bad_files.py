@@ -336,7 +336,7 @@ def stopped(folder, photos, kinds):
         process.start()
         deadline, log = time.time() + 60, []
         while time.time() < deadline and process.is_alive():
-            if log and log[-1].endswith("}") and json.loads(log[-1])["step"] > step + 4:
+            if log and log[-1].endswith("}") and json.loads(log[-1])["step"] > step + 7:
                 break
             time.sleep(0.01)
             log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []

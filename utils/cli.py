@@ -22,7 +22,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            nothing = action.default in (None, False) or action.nargs == 0
+            nothing = action.default is None or action.nargs == 0         # a flag without a value
             return action.help if nothing else super()._get_help_string(action)
 
     def __init__(self, **kwargs):

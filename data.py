@@ -69,11 +69,21 @@ def describe(dataset):
 
 
 class InMemory:
-    """Pictures in memory, uint8 (N, 3, S, S), with labels (N,) into the names of classes."""
+    """Pictures in memory, uint8 (N, 3, S, S), with labels (N,) into the names of classes.
+
+    ValueError: of another type or shape, or labels that are no classes (num_classes is the null
+    class of guidance: it would be trained without a word).
+    """
 
     def __init__(self, images, labels, classes, name="own"):
         self.images, self.name, self.classes = images, name, list(classes)
         self.labels = torch.as_tensor(labels, dtype=torch.long)
+        N, channels, H, W = images.shape
+        if (images.dtype, channels, H, self.labels.shape) != (torch.uint8, 3, W, (N,)):
+            raise ValueError("give images uint8 (N, 3, S, S) and labels (N,), not "
+                             f"{images.dtype} {tuple(images.shape)}, {tuple(self.labels.shape)}")
+        if set(self.labels.tolist()) != set(range(len(self.classes))):
+            raise ValueError(f"labels must be 0 .. {len(self.classes) - 1}, each at least once")
         digest = hashlib.sha256(images.numpy().tobytes() + self.labels.numpy().tobytes())
         self.recipe = {"dataset": name, "n": len(images), "image_size": images.shape[2],
                        "classes": self.classes, "contents": digest.hexdigest()}

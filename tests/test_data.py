@@ -214,6 +214,11 @@ def test_pictures_in_memory():
     found = InMemory(images, [0, 1, 1, 0, 2, 2], ["a", "b", "c"])
     assert torch.equal(found.load([4, 1]), images[[4, 1]]) and found.labels.tolist() == [0, 1, 1, 0, 2, 2]
     assert InMemory(images, [0, 1, 1, 0, 2, 2], ["a", "b", "c"]).recipe == found.recipe
+    labels = found.labels
+    for wrong in ((images / 255, labels, "abc"), (images[:, :1], labels, "abc"), (images[..., :4], labels, "abc"),
+                  (images, labels[:5], "abc"), (images, labels, "ab"), (images, labels, "abcd"), (images, labels - 1, "abc")):
+        with pytest.raises(ValueError, match="images uint8|labels must be 0"):
+            InMemory(*wrong)
     for other in (InMemory(images.flip(0), found.labels, "abc"), InMemory(images, [1, 0, 0, 1, 2, 2], "abc"),
                   InMemory(images, found.labels, "abd")):
         assert other.recipe != found.recipe

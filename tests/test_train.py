@@ -361,7 +361,7 @@ def test_pictures_in_memory_train_and_sample(tmp_path, capsys):
     train.run_on(train.parse_args([*argv, "--steps", "3"]), dataset)
     assert "resuming" in capsys.readouterr().out and load(tmp_path)["step"] == 3
     with pytest.raises(UserError, match="its pictures have changed"):
-        train.run_on(train.parse_args([*argv, "--steps", "4"]), InMemory(images, torch.zeros(20), ["even", "odd"]))
+        train.run_on(train.parse_args([*argv, "--steps", "4"]), InMemory(images, (torch.arange(20) + 1) % 2, ["even", "odd"]))
     sample.main(["--ckpt", str(tmp_path / "out" / "run" / "ckpt.pt"), "--device", "cpu", "--classes", "odd"])
     assert "1 classes in turn: odd" in capsys.readouterr().out
 

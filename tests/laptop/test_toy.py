@@ -140,6 +140,7 @@ def test_what_the_toy_differs_in():
     assert (args.lr, args.clip, args.ema_decay, args.cfg, args.gamma, args.out_dir) == (
         2e-3, 1.0, [0.995, 0.98], 1.2, 1.5, "out/toy-SiT-T-1")
     assert args.sigma == pytest.approx(5)
+    assert train.parse_args(["--out-dir", ""]).out_dir == args.out_dir       # of an unset shell variable
     photos = train.parse_args(["--dataset", "photos"])
     assert (photos.rae, photos.image_size, photos.steps, photos.out_dir) == ("toy", 64, 1500, "out/photos-SiT-T-1")
     lite0 = train.parse_args(["--dataset", "photos", "--rae", "lite0"])

@@ -19,6 +19,7 @@ import math
 import platform
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -299,6 +300,7 @@ def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, agai
         rows.append({"what": what, "dtype": kind, "ms": 1e3 * median, "from": 1e3 * min(seconds),
                      "to": 1e3 * max(seconds), "images/s": n and n / median, "TFLOP/s": rate,
                      "used": rate / rates[kind], "GB": peak_memory_gb(device)})
+        print(f"{what}, {kind}: {1e3 * median:.1f} ms", file=sys.stderr)  # if it does not end
 
     side = 8192 if gpu else 2048
     for kind in dict.fromkeys((dtype, "float32")):            # the autoencoder is float32

@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from laptop import toy  # laptop
-from utils.cli import UserError, one_line, printable
+from utils.cli import UserError, one_line, printable, same_letters
 from utils.files import download, unpack
 from utils.images import (contents, count_of, is_hidden, labels_of_json, picture_files,
                           read_picture, refuse_what_are_no_classes, to_tensor)
-from utils.processes import say
+from utils.processes import note
 
 
 def load_dataset(name, image_size, min_side=1, root="datasets", split="all", skip_bad=False):
@@ -42,7 +42,7 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     if split != "all" and not known.has_splits:
         raise UserError(f"--split {split}: only flowers has splits, {name} has one")
     if name in DATASETS and os.path.isdir(name):
-        say(f"note: {name} is the data set of this name, not the folder beside: write ./{name}")
+        note(f"{name} is the data set of this name, not the folder beside: write ./{name}")
     if known.make:
         return known.make(image_size)
     if known.find:
@@ -57,13 +57,22 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
 
 
 def describe(dataset):
-    """The classes with their counts, and what was left out: a wrong folder shows here."""
+    """The classes with their counts, and what is odd: a wrong folder shows here."""
     counts = torch.bincount(dataset.labels, minlength=len(dataset.classes)).tolist()
     all_of_them = [f"{printable(name)} {n:,}" for name, n in zip(dataset.classes, counts)]
     text = f"{len(counts)} class{'es' * (len(counts) != 1)}: {', '.join(all_of_them[:10])}"
     if len(counts) > 10:
         least, most = counts.index(min(counts)), counts.index(max(counts))
         text += f", ...; smallest {all_of_them[least]}, largest {all_of_them[most]}"
+    sums, sides = getattr(dataset, "sums", ()), getattr(dataset, "enlarged", ())
+    if twice := len(sums) - len(set(sums)):
+        of_both = Counter(of_file for of_file, _ in set(zip(sums, dataset.labels.tolist())))
+        several = sum(n > 1 for n in of_both.values())
+        text += f"; {twice:,} pictures are there twice" + f", {several:,} in two classes" * (
+            several > 0)
+    if sides:
+        text += (f"; {len(sides):,} are enlarged, from sides of {min(sides)} to {max(sides)} to "
+                 f"{dataset.image_size} pixels")
     left_out = getattr(dataset, "left_out", None)
     return text + (f"; left out: {count_of(left_out)}" if left_out else "")
 
@@ -97,29 +106,32 @@ class InMemory:
 class Pictures:
     """files (N,) under folder, with labels (N,) into classes; crop(picture, S) makes a square.
 
-    sums (N,): the sha256 of each file; left_out: {kind: how many} of the folder's other files.
+    sums (N,): the sha256 of each file; enlarged: the sides of those that are smaller than
+    image_size; left_out: {kind: how many} of the folder's other files.
     """
 
     def __init__(self, name, folder, files, labels, classes, left_out, image_size, crop, min_side=1,
                  root="datasets", skip_bad=False):
         self.name, self.folder, self.classes, self.left_out = name, Path(folder), classes, left_out
-        self.image_size, self.crop, self.min_side, self.skip_bad = (
-            image_size, crop, min_side, skip_bad)
+        self.image_size, self.crop, self.skip_bad = image_size, crop, skip_bad
         found, path = contents(self.folder, files, root, check=skip_bad)
         good, bad = [], {}
         for i, (file, (_, digest, side)) in enumerate(zip(files, found)):
             if digest is None or isinstance(side, str):
                 bad[file] = side
             elif side is not None and side < min_side:
-                bad[file] = f"{self.folder / file} has a side of {side} pixels, under {min_side}"
+                bad[file] = (f"{self.folder / file} has a side of {side} pixels, smaller than the "
+                             f"{min_side} of which the autoencoder makes one")
             else:
                 good.append(i)
         if bad and not skip_bad:
             raise UserError(f"{next(iter(bad.values()))}; or use --skip-bad")
         if bad:
-            say(f"--skip-bad: {len(bad)} of {len(files)} pictures of {printable(name)} are left "
-                f"out, all in {path}: {one_line(next(iter(bad.values())), 300)}")
+            note(f"--skip-bad: {len(bad)} of {len(files)} pictures of {printable(name)} are left "
+                 f"out, all in {path}: {one_line(next(iter(bad.values())), 300)}")
         self.files, self.sums = [files[i] for i in good], [found[i][1] for i in good]
+        self.enlarged = [side for _, _, side in map(found.__getitem__, good)
+                         if side and side < image_size]
         self.labels = torch.as_tensor(labels, dtype=torch.long)[good]
         digest = hashlib.sha256()
         for file, label, of_file in zip(self.files, self.labels.tolist(), self.sums):
@@ -138,16 +150,10 @@ class Pictures:
         return torch.stack([to_tensor(picture) for picture in pictures])
 
     def _read(self, file):
-        advice = "" if self.skip_bad else "; or use --skip-bad"
         try:
-            picture = read_picture(self.folder / file)
+            return self.crop(read_picture(self.folder / file), self.image_size)
         except UserError as error:
-            raise UserError(f"{error}{advice}") from error
-        if min(picture.size) < self.min_side:
-            raise UserError(f"{self.folder / file} is {picture.width} x {picture.height}, smaller "
-                            f"than the {self.min_side} pixels of which the autoencoder makes one"
-                            f"{advice}")
-        return self.crop(picture, self.image_size)
+            raise UserError(f"{error}{'' if self.skip_bad else '; or use --skip-bad'}") from error
 
 
 def centre_crop(picture, image_size):
@@ -174,7 +180,7 @@ def adm_crop(picture, image_size):
 def class_folders(folder):
     """folder/CLASS/**/picture, classes in alphabetical order; or the labels of dataset.json."""
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
+        found = "is a file (an archive? unpack it)" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {found}: --dataset needs a folder with one folder of pictures "
                         "for each class")
     paths, left_out = picture_files(folder)
@@ -184,15 +190,19 @@ def class_folders(folder):
     loose = [file for file in files if os.sep not in file]
     left_out += Counter({"pictures in no class folder": len(loose)} if loose else {})
     files = [file for file in files if os.sep in file]
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name))
-    label_of = {name: label for label, name in enumerate(classes)}
+    folders = sorted((d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name)),
+                     key=same_letters)
+    label_of = {name: label for label, name in enumerate(folders)}
     labels = [label_of[file.split(os.sep)[0]] for file in files]
-    counts = Counter(labels)
+    counts, classes = Counter(labels), [same_letters(name) for name in folders]
     if not classes:
         raise UserError(f"{folder} has no class folders: put the pictures into {folder}/CLASS/ "
                         "(one class is enough)")
-    refuse_what_are_no_classes(folder, classes, files)
-    for label, name in enumerate(classes):
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{folder} has two folders {max(classes, key=classes.count)}, of other "
+                        "bytes but the same letters: make them one")
+    refuse_what_are_no_classes(folder, folders, files)
+    for label, name in enumerate(folders):
         if not counts[label]:
             there = count_of(picture_files(folder / name)[1]) or "nothing at all"
             raise UserError(f"{folder / name} has no pictures of a format that is read here "

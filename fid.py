@@ -17,6 +17,7 @@ import math
 import sys
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,8 @@ from data import DATASETS, load_dataset
 from laptop import lite0, toy  # laptop
 from utils.checkpoint import load_tensors
 from utils.cli import ArgumentParser, UserError, number, one_line, printable, recipe_text, words
-from utils.files import download, file_hash, from_hub, hash_of
-from utils.images import (PictureSet, kept_statistics, naming, open_folder, open_npz,
+from utils.files import append_line, download, file_hash, from_hub, hash_of
+from utils.images import (PictureSet, compare, kept_statistics, naming, open_folder, open_npz,
                           save_statistics, to_tensor)
 from utils.processes import first_process_first, prefetch, setup, user_errors
 
@@ -266,10 +267,13 @@ class Statistics:
         if self.n < 2:
             raise ValueError(f"{self.n} picture{'s' * (self.n != 1)}: a covariance needs two")
         if self.n < self.dim:
-            warnings.warn(f"{self.n:,} pictures for {self.dim:,} features: the covariance is "
-                          "singular and the distance too large; compare it only with others of as "
-                          "many pictures", stacklevel=2)
+            warnings.warn(few(self.n, self.dim), stacklevel=2)
         return (self._scatter / (self.n - 1)).cpu().numpy()
+
+
+def few(n, dim):
+    return (f"{n:,} pictures for {dim:,} features: the covariance is singular and the distance too "
+            "large; compare it only with others of as many pictures")
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -387,7 +391,8 @@ def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world
     starts = range(rank * batch_size, pictures.n, world * batch_size)
     batches = [range(start, min(start + batch_size, pictures.n)) for start in starts]
     sums, kept = {space: Statistics(DIM[space], device) for space in statistics}, {}
-    with tqdm(total=pictures.n, desc=pictures.path, unit="picture", disable=rank > 0,
+    sizes = Counter()
+    with tqdm(total=pictures.n, desc=pictures.path, unit="picture", disable=rank > 0 or None,
               leave=False) as bar:
         for batch, images in zip(batches, prefetch(pictures.load, batches)):
             features = {}
@@ -397,15 +402,18 @@ def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world
                 sums[space].update(features[space])
             for space in rows:
                 kept.setdefault(space, {})[batch.start] = features[space].cpu().double()
+            sizes.update(tuple(image.shape[1:]) for image in images)
             bar.update(min(world * len(batch), pictures.n - bar.n))
     if world > 1:
         for space in sums:
             sums[space].all_reduce()
         found = [None] * world
-        dist.all_gather_object(found, (kept, pictures.unlike))
-        kept = {space: {start: part for of_one, _ in found
+        dist.all_gather_object(found, (kept, pictures.unlike, sizes))
+        kept = {space: {start: part for of_one, _, _ in found
                         for start, part in of_one.get(space, {}).items()} for space in rows}
-        pictures.unlike.update(*(unlike for _, unlike in found))
+        pictures.unlike.update(*(unlike for _, unlike, _ in found))
+        sizes = sum((of_one for _, _, of_one in found), Counter())
+    pictures.sizes = sizes
     return sums, {space: torch.cat([parts[start] for start in sorted(parts)])
                   for space, parts in kept.items()}
 
@@ -414,6 +422,7 @@ def measure(pictures, extractors, statistics, rows, batch_size=50, rank=0, world
 
 FRECHET = {"fid": "pool", "sfid": "spatial"}                  # metric -> its space; the others keep
 ROWS = {"is": "logits", "pr": "pool", "cmmd": "clip"}         # the features of each picture
+IS_PARTS = 10                                                 # torch-fidelity's
 
 
 def parse_args(argv):
@@ -465,8 +474,10 @@ def find_set(name, data_dir, rank, as_pytorch_fid=False):
         with first_process_first(rank):
             if not known.reference:
                 dataset = load_dataset(name, known.image_size, root=data_dir)
+                classes = Counter(dataset.classes[label] for label in dataset.labels.tolist())
                 return PictureSet(name, dict(dataset.recipe), len(dataset.labels), dataset.load,
-                                  is_dataset=True)
+                                  is_dataset=True, sizes=Counter({2 * (known.image_size,): 1}),
+                                  classes=classes)
             path = Path(data_dir) / Path(known.reference["url"]).name
             download(path=path, **known.reference)                        # as everybody
     if path.is_dir():
@@ -488,7 +499,10 @@ def main(argv=None):
             for name in (args.A, args.B) if name]
     A, B, small = sets[0], sets[-1], args.features in NETWORKS
     metrics = args.metrics or ([] if small else ["fid", "sfid"] if args.save_stats else
-                               ["fid", "is"] if A.load else ["fid"])
+                               ["fid", "is"] if A.load and A.n >= IS_PARTS else ["fid"])
+    if "is" in metrics and A.load and A.n < IS_PARTS:
+        raise UserError(f"{A.path}: {A.n} pictures do not make {IS_PARTS} parts, as the inception "
+                        "score has")
     needs = []                                                # of each set: statistics, rows
     for s in sets:
         spaces = [FRECHET[m] for m in metrics if m in FRECHET and FRECHET[m] not in s.statistics]
@@ -517,6 +531,9 @@ def main(argv=None):
         if spaces or keep:
             sums, found = measure(s, extractors, spaces, keep, args.batch_size, rank, world, device)
         rows.append(found)
+        dims = [64] if small else [len(mu) for space, (mu, _) in s.statistics.items()
+                                   if space in [FRECHET.get(m) for m in metrics]]
+        s.notes += [f"{s.path}: {few(s.n, dim)}" for dim in dims if 0 < s.n <= dim - (not small)]
         with warnings.catch_warnings(record=True) as caught, naming(s):
             warnings.simplefilter("always")
             s.statistics |= {space: (of.mean, of.cov) for space, of in sums.items()}
@@ -530,6 +547,7 @@ def main(argv=None):
     if rank > 0:
         return
 
+    compare(A, B)
     notes = [note for s in sets for note in s.notes]
     for note in notes:
         print(f"fid.py: warning: {printable(note)}", file=sys.stderr)
@@ -622,7 +640,7 @@ def score(metric, A, B, rows, made_with):
         return {name: frechet_distance(mu1, sigma1, mu2, sigma2)}
     a, b = rows[0][ROWS[metric]], rows[-1].get(ROWS[metric])
     if metric == "is":
-        values = inception_score(a)[0], *inception_score(a, 10)
+        values = inception_score(a)[0], *inception_score(a, IS_PARTS)
         names = "ADM's (parts of 5,000)", "10 parts", "10 parts, deviation"
         return {f"inception score, {name}{ending}": value for name, value in zip(names, values)}
     if metric == "pr":
@@ -651,8 +669,7 @@ def report(sets, numbers, made_with, notes, where, arguments):
             print(f"{name:<{max(map(len, numbers))}}  {round(value, 5) + 0.0:.5f}")
     if "checkpoint" in sets[0].recipe.get("made_by", {}):
         log = Path(sets[0].path).parent / "fid.jsonl"
-        with open(log, "a") as file:
-            file.write(json.dumps(result) + "\n")
+        append_line(log, None, result)
         print(f"appended to {log}", file=sys.stderr)
 
 

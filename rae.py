@@ -32,12 +32,13 @@ from laptop import lite0, toy  # laptop
 from model import sincos_2d
 from sphere import full_precision
 from utils.checkpoint import load_checkpoint, load_renamed, load_tensors
-from utils.cli import ArgumentParser, UserError, printable
+from utils.cli import ArgumentParser, UserError, printable, size_text
 from utils.files import (folder_by_hash, free_bytes, from_hub, locked, verify, write_json,
                          write_whole)
-from utils.images import read_picture, to_float, to_tensor, to_uint8
+from utils.images import (read_picture, refuse_files_of_others, save_picture, to_float, to_tensor,
+                          to_uint8)
 from utils.processes import (autocast, barrier, first_process_first, from_first, keyed_generator,
-                             prefetch, say, setup, user_errors)
+                             note, prefetch, say, setup, user_errors)
 
 # Raise it when code changes what an encoder makes of a picture: latents and decoders that were kept
 # are then made again.
@@ -246,11 +247,11 @@ class ViTDecoder(nn.Module):
 
 def official_rae(weights_dir=None):
     """DINOv2-B with registers and the ViT-XL decoder, from verified files."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
     paths = official_files(weights_dir)
     part = "encoder"
     try:
-        encoder = DINOv2Encoder.from_hugging_face(load_file(paths[part]))
+        encoder = DINOv2Encoder.from_hugging_face(load(Path(paths[part]).read_bytes()))
         part = "decoder"
         decoder = ViTDecoder.from_official(load_tensors(paths[part], "is not the decoder"))
         part = "statistics"
@@ -267,8 +268,8 @@ def official_rae(weights_dir=None):
     formula = F.pad(sincos_2d(decoder.pos_embed.shape[2], side), (0, 0, 1, 0))
     difference = (decoder.pos_embed - formula).abs().max().item()
     if difference > 1e-5:
-        print(f"note: the decoder's positions differ from the sin-cos formula by {difference:.2g}; "
-              "the file's are used")
+        note(f"the decoder's positions differ from the sin-cos formula by {difference:.2g}; the "
+             "file's are used")
     files = {part: sha256 for part, (_, _, _, sha256) in OFFICIAL_FILES.items()}
     return RAE(encoder, decoder, mean, var, side * decoder.patch_size, decoder.patch_size,
                "dinov2-b", files)
@@ -407,8 +408,8 @@ def open_latents(dataset, rae, root, cache="auto", rank=0, world=1, flips=True, 
         size, free = cache_bytes(manifest), free_bytes(root)
         fits = from_first(folder.exists() or size < 0.9 * free)
         if not fits:
-            say(f"the latents would take {size / 1e9:,.0f} GB, {root} has {free / 1e9:,.0f} GB "
-                "free: pictures are encoded in every step (--cache-latents decides otherwise)")
+            note(f"the latents would take {size_text(size)}, {root} has {size_text(free)} free: "
+                 "pictures are encoded in every step (--cache-latents decides otherwise)")
     if not fits:
         return LatentsOnTheFly(dataset, rae)
     return LatentCache(dataset, rae, root, rank, world, flips, check)
@@ -473,8 +474,8 @@ class LatentCache:
         for c in damaged:
             files[c].unlink()
         if damaged:
-            print(f"{len(damaged)} of {len(self.parts)} files of {self.folder} were damaged: "
-                  "they are encoded again")
+            note(f"{len(damaged)} of {len(self.parts)} files of {self.folder} were damaged: they "
+                 "are encoded again")
         barrier()
         if not from_first(len(self._files()) == len(self.parts)):         # else it is only read
             with locked(self.folder, wait=True) if rank == 0 else contextlib.nullcontext():
@@ -507,14 +508,14 @@ class LatentCache:
         have = sum(path.stat().st_size for path in self._files().values())
         need, free = cache_bytes(self.manifest) - have, free_bytes(self.folder)
         if free < 1.05 * need:
-            raise UserError(f"the latents need {need / 1e9:.1f} GB but {self.folder} has "
-                            f"{free / 1e9:.1f} GB free: make room, or encode in every step with "
+            raise UserError(f"the latents need {size_text(need)} but {self.folder} has "
+                            f"{size_text(free)} free: make room, or encode in every step with "
                             "--cache-latents no")
         write_json(self.folder / "manifest.json", self.manifest)          # for people to read
 
     def _encode(self, dataset, rae, todo, rank, world):
         started, n, flips = time.perf_counter(), sum(map(len, todo)), self.shape[0]
-        with tqdm(total=n, desc="encoding", unit=" pictures", disable=rank != 0 or not todo,
+        with tqdm(total=n, desc="encoding", unit=" pictures", disable=rank != 0 or not todo or None,
                   leave=False) as bar:
             for pictures, images in zip(todo, prefetch(dataset.load, todo, ahead=1)):
                 z = torch.stack([encode_to_half(rae, images.flip(3) if flip else images, pictures)
@@ -561,7 +562,7 @@ def write_reconstruction(rae, file, path):
     original = to_tensor(picture.resize(decoded.shape[1:], Image.Resampling.BICUBIC))
     both = torch.cat([original, decoded], dim=2).permute(1, 2, 0)         # (S, 2 S, 3)
     with write_whole(path) as part:
-        Image.fromarray(both.numpy()).save(part, format="png")
+        save_picture(Image.fromarray(both.numpy()), part)
     error = (original.double() - decoded.double()).square().mean().item()
     return 10 * math.log10(255 ** 2 / error) if error else math.inf
 
@@ -589,13 +590,11 @@ def main(argv=None):
     add("--out", default="out/reconstructions", help="folder of the pictures, by their names")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    paths = [Path(args.out) / f"{Path(file).stem}.png" for file in args.images]
+    paths = [Path(args.out) / f"{Path(file).stem}.reconstructed.png" for file in args.images]
     if len(set(paths)) < len(paths):
         raise UserError("--out: two pictures have the same name, and so would their "
                         "reconstructions: do them one by one")
-    for file, path in zip(args.images, paths):
-        if path.exists() and Path(file).exists() and path.samefile(file):
-            raise UserError(f"--out: {path} is the picture itself, and would be overwritten")
+    refuse_files_of_others(paths)
     device = setup(args.device)[2]
     rae = load_rae(rae_of(args.ckpt) if args.ckpt else "dinov2-b", device, args.weights_dir)
     values = []

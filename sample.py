@@ -6,8 +6,8 @@
     python sample.py --num 200 --out pictures/             # numbered files
     torchrun --nproc-per-node 8 sample.py --num-images 50000 --npz    # for FID: class-balanced
 
-Picture i has the label i mod classes and its own noise, a function of (seed, i): one seed, one
-picture, everywhere, in batches of any size and in any number of processes.
+Picture i has the label i mod classes (or by --balance) and its own noise, a function of (seed, i):
+one seed, one picture, everywhere, in batches of any size and in any number of processes.
 """
 import collections
 import contextlib
@@ -137,6 +137,14 @@ def keyed_noise(seed, indices, shape, same, steps):
     return itertools.chain(list(itertools.islice(fresh, steps)), fresh)
 
 
+def shares_of(counts, indices):
+    """Labels (n,) of pictures number `indices`, as often as counts (classes,) say, however many
+    there are: multiples of the golden ratio, modulo 1, fill the unit interval evenly."""
+    ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
+    place = (indices.double() * (5 ** 0.5 - 1) / 2 + 0.5).frac()
+    return torch.searchsorted(ends / ends[-1], place, right=True)
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 def parse_args(argv):
@@ -148,6 +156,8 @@ def parse_args(argv):
     add("--classes", nargs="+", help="names or numbers of classes (default: all, in turn)")
     add("--num", "--num-images", type=number(int, 1), help="how many pictures (default: 4 a class, "
         "40 at most); torchrun takes --num for its own, write --num-images there")
+    add("--balance", choices=("equal", "data"), default="equal",
+        help="every class as often, or as often as in the pictures of the training")
     add("--seed", type=number(int, 0, 2 ** 63), default=0,
         help="picture i is a function of (seed, i)")
     group = parser.add_argument_group("Algorithm 1 (what is not given is taken from the run)")
@@ -205,10 +215,14 @@ def main(argv=None):
     if args.sigmas:
         del settings["gamma"]
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
+    if args.balance == "data" and not checkpoint["counts"]:
+        raise UserError(f"--balance data: {path} is older and does not say how many pictures of "
+                        "each class there were: resume its training for a step")
+    counts = args.balance == "data" and [checkpoint["counts"][label] for label in wanted]
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
               **settings, "seed": args.seed,
               "classes": [classes[label] for label in wanted] if args.classes else "all",
-              "balance": "label = index mod classes"}
+              "balance": "as the data" if counts else "label = index mod classes"}
     if args.sigmas:
         settings["sigma"] = lambda t, T: args.sigmas[t - 1]
     num = args.num or (min(len(wanted), 10) if args.trajectory else
@@ -221,12 +235,12 @@ def main(argv=None):
     shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
     names = check_room(out, shape, args.out)
     started, indices = time.perf_counter(), torch.arange(num)
-    labels = torch.tensor(wanted)[indices % len(wanted)]
+    labels = torch.tensor(wanted)[shares_of(counts, indices) if counts else indices % len(wanted)]
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size)))
     drawn = draw_batches(denoiser, rae, batches[rank::world], args.seed, steps, len(classes),
                          args.trajectory, **settings)
     rounds = tqdm(range(-(-len(batches) // world)), desc="sampling", unit="batch",
-                  disable=rank != 0 or len(batches) < 2)
+                  disable=rank != 0 or len(batches) < 2 or None)
     pictures = (frames.numpy() for _ in rounds for frames in gather(next(drawn, None))
                 if frames is not None)
     if rank > 0:

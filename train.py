@@ -34,9 +34,9 @@ from utils.checkpoint import (first_not_finite, refuse_another_run, refuse_anoth
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
 from utils.images import picture_grid, sums_of, what_changed
-from utils.processes import (Stop, autocast, barrier, compiled, compiles, first_process_first,
-                             global_batch, keyed_generator, on_signals, peak_memory_gb, prefetch,
-                             say, setup, summed, user_errors)
+from utils.processes import (STOPS, Stop, autocast, barrier, compiled, compiles,
+                             first_process_first, global_batch, keyed_generator, note, on_signals,
+                             peak_memory_gb, prefetch, say, setup, summed, user_errors)
 
 WHAT_TO_DO = "what is on the disk is from before: try a lower --lr, --clip 1 or --dtype float32"
 
@@ -225,8 +225,8 @@ def run_on(args, dataset):
         raise UserError(f"--image-size {args.image_size}: pictures of {H} x {W} are not the {side} "
                         f"x {side} that --rae {args.rae} takes then")
     if len(dataset.classes) == 1 and args.cfg != 1:
-        say(f"note: {dataset.name} has one class: there is nothing that guidance (--cfg) could "
-            "tell apart")
+        note(f"{dataset.name} has one class: there is nothing that guidance (--cfg) could tell "
+             "apart")
     writes = rank == 0 and not args.encode_only               # one run at a time in a folder
     with locked(args.out_dir) if writes else contextlib.nullcontext():
         start_run(args, dataset, rank, world, device)
@@ -280,6 +280,7 @@ def train(args, learner, dataset, rae, latents, start, rank):
     """The loop, from step `start`."""
     out, N, classes = Path(args.out_dir), len(dataset.labels), dataset.classes
     arguments = {**vars(args), "pictures": dataset.recipe}
+    counts = torch.bincount(dataset.labels, minlength=len(classes)).tolist()
     denoiser = partial(predict, learner.raw_model, learner.emas[0], args.dtype)
     sampler = partial(draw, denoiser, rae, seed=args.seed, null_class=len(classes),
                       **sampling_settings(arguments))
@@ -301,12 +302,12 @@ def train(args, learner, dataset, rae, latents, start, rank):
     if rank == 0 and start:
         grid(start, again=False)                              # if it was killed before it
 
-    stop = Stop(args.log_every)
+    stop = Stop(start)
     jobs = ((step, m) for step in range(start, args.steps) for m in range(args.accumulate))
     batches = prefetch(lambda job: learner.draw_inputs(latents, *job), jobs)
     clock, clock_step = time.perf_counter(), start
     bar = tqdm(total=args.steps, initial=min(start, args.steps), desc=printable(out), unit="step",
-               disable=rank > 0 or start >= args.steps)
+               disable=rank > 0 or start >= args.steps or None)
     # Functions of a step and a dict; yours is one more, as lambda step, line: wandb.log(line, step)
     loggers = [partial(append_line, out / "log.jsonl"),
                lambda step, line: bar.write(log_line(step, line))]
@@ -333,14 +334,15 @@ def train(args, learner, dataset, rae, latents, start, rank):
                 clock, clock_step, learner.waited = now, step, 0.0
                 for log in loggers if rank == 0 else ():
                     log(step, line)
-            stops = stop.after(step)
-            if rank == 0 and (stops or step == args.steps or step % args.save_every == 0):
+            signum = stop.after(step)
+            if rank == 0 and (signum or step == args.steps or step % args.save_every == 0):
                 save_tensors(out / "ckpt.pt", {**learner.state(step), "args": arguments,
-                                               "classes": classes, "rae": rae.saved()})
-            if stops:
+                                               "classes": classes, "counts": counts,
+                                               "rae": rae.saved()})
+            if signum in STOPS:
                 barrier()                                     # nobody leaves before it is saved
                 raise UserError(f"stopped at step {step} and saved: the same command resumes it",
-                                status=128 + stops)
+                                status=128 + signum)
             if rank == 0:
                 grid(step)
     bar.close()

@@ -22,7 +22,8 @@ from utils.checkpoint import (check_moments, first_not_finite, load_renamed, loa
 from utils.cli import UserError, one_line
 from utils.files import folder_by_hash, from_hub, locked, verify, write_whole
 from utils.images import resize, to_float, to_uint8
-from utils.processes import from_first, global_batch, keyed_generator
+from utils.processes import (STOPS, Stop, from_first, global_batch, keyed_generator, note,
+                             on_signals)
 
 # What differs from the paper's settings, for photographs of 64 x 64, L = 4,096.
 SETTINGS = {**toy.SETTINGS, "model": "SiT-XS/1", "steps": 1400, "lr": 4e-3, "alpha_max": 82.0,
@@ -223,8 +224,10 @@ def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True
     order = torch.randperm(N, generator=keyed_generator("held out", seed)).numpy()
     held_out, others = np.split(order[:20_000], [min(N // 10, 256)])
     if rank == 0:
-        with locked(folder, wait=True):
-            optimise(rae, dataset, latents, others, folder / "decoder.pt", manifest, save_every)
+        stop = Stop(0, alone=True)
+        with locked(folder, wait=True), on_signals(stop.receive):
+            optimise(rae, dataset, latents, others, folder / "decoder.pt", manifest, save_every,
+                     stop)
     state = {key: value.cpu() for key, value in rae.decoder.state_dict().items()}
     rae.decoder.load_state_dict(from_first(state))
     rae.requires_grad_(False)
@@ -232,7 +235,7 @@ def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True
         report(rae, dataset, latents, held_out, seed, folder / "reconstructions.png")
 
 
-def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
+def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
     """Trains rae.decoder on the chosen pictures, from where `path` has it, and saves it there."""
     decoder, device, steps = rae.decoder.requires_grad_(True), rae.device, manifest["steps"]
     optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=0)
@@ -241,11 +244,12 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
         try:
             start = load_decoder(path, manifest, decoder, optimizer)
         except UserError as error:
-            print(f"{error}: it is trained again")
+            note(f"{error}: it is trained again")
     if start == steps:
         return
+    print(f"training the decoder: {steps} steps", flush=True)
     images = read(dataset, chosen)
-    bar = tqdm(total=steps, initial=start, desc="training the decoder", unit="step")
+    bar = tqdm(total=steps, initial=start, desc="training the decoder", unit="step", disable=None)
     for step in range(start, steps):
         g = keyed_generator("decoder", manifest["seed"], step)
         batch = global_batch(len(chosen), manifest["batch_size"], step, manifest["seed"])
@@ -275,9 +279,13 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every):
         bar.update()
         if step % 20 == 19:
             bar.set_postfix(l1=f"{l1.item():.4f}", early=f"{early.item():.3f}")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        signum = stop.after(step + 1)
+        if signum or (step + 1) % save_every == 0 or step + 1 == steps:
             save_tensors(path, {"decoder": decoder.state_dict(), "step": step + 1,
                                 "optimizer": optimizer.state_dict(), "manifest": manifest})
+        if signum in STOPS:
+            raise UserError(f"stopped at step {step + 1} of the decoder and saved: the same "
+                            "command resumes it", status=128 + signum)
     bar.close()
 
 
@@ -298,7 +306,7 @@ def load_decoder(path, manifest, decoder, optimizer):
 def read(dataset, indices):
     parts = np.array_split(indices, -(-len(indices) // 500))
     return torch.cat([dataset.load(part)
-                      for part in tqdm(parts, desc="reading pictures", leave=False)])
+                      for part in tqdm(parts, desc="reading pictures", leave=False, disable=None)])
 
 
 def targets(images, rae):

@@ -7,6 +7,7 @@
 HELDOUT is a folder with the class folders of the run and none of its pictures. Distances are
 Frechet distances on the last features of small networks; they are not FID.
 """
+import contextlib
 import json
 import sys
 from functools import partial
@@ -17,13 +18,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DATASETS, load_dataset
-from fid import NETWORKS, frechet_of_features, principal_components
+from fid import NETWORKS, few, frechet_of_features, principal_components
 from rae import AUTOENCODERS, load_rae, picture_sides
 from sample import draw, load_denoiser, load_run, sampling_settings
 from utils.cli import ArgumentParser, UserError, number, table_text
 from utils.files import write_json
 from utils.images import resize, to_float, to_uint8
-from utils.processes import setup, user_errors
+from utils.processes import note, setup, user_errors
 
 
 class Features:
@@ -83,7 +84,8 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
                    steps_of_rows=(1, 2, 4, 8)):
     """Rows of pictures against the training pictures -> a list of dicts, one a row.
 
-    n pictures a row, with the labels of as many of test_set: held-out ones (the floor), these
+    At most n pictures a row, with the labels of as many of test_set, each class its share (of many
+    classes some, and then of the training pictures, too): held-out ones (the floor), these
     reconstructed, the mean latent of each one's class, a Gaussian of the class's latents (to beat),
     and sampler(indices, labels, steps=steps) -> uint8. Where test_set is None the training pictures
     stand in for held-out ones. Of the training pictures `most` are taken. UserError: too few.
@@ -101,11 +103,18 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
                             f"class {train_set.classes[counts.argmin()]}: the quality report needs "
                             "two or more")
     g = torch.Generator().manual_seed(0)
+    by_class, n = test_set.labels.argsort(stable=True), min(n, len(test_set.labels))
+    test_chosen = by_class[((torch.arange(n) + 0.5) * len(by_class) / n).long()].sort().values
+    labels, S = test_set.labels[test_chosen], rae.image_size
+    classes = labels.unique()
+    if len(classes) < len(train_set.classes):
+        note(f"{n} pictures a row are of {len(classes)} of the {len(train_set.classes)} classes")
     order = torch.randperm(len(train_set.labels), generator=g)
+    order = order[torch.isin(train_set.labels[order], classes)]
     chosen = order[shares(train_set.labels[order], most)].sort().values
-    test_chosen = shares(test_set.labels, n)
-    train_labels, labels = train_set.labels[chosen], test_set.labels[test_chosen]
-    counts, S = torch.bincount(train_labels), rae.image_size
+    train_labels = train_set.labels[chosen]
+    if min(n, len(chosen)) <= 64:
+        note(few(min(n, len(chosen)), 64))
 
     def compared(images):                                     # all are compared at S x S
         return images if images.shape[2] == S else to_uint8(resize(images, S) / 255)
@@ -115,7 +124,7 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
         f"{kind} (the floor)", f"{kind}, reconstructed", "class-mean latent",
         "per-class Gaussian of latents")}
     g = torch.Generator().manual_seed(0)
-    for c in tqdm(range(len(counts)), desc="training pictures", unit="class", leave=False):
+    for c in tqdm(classes, desc="training pictures", unit="class", leave=False, disable=None):
         latents = []
         for part in (train_labels == c).nonzero().flatten().split(64):
             images = train_set.load(chosen[part])
@@ -152,10 +161,11 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
 
 
 def shares(labels, n):
-    """Indices, in order, of n pictures or a few more, of each class its share, rounded up."""
+    """Indices, in order, of n pictures or a few more, of each class its share, rounded up; two at
+    least."""
     n = min(n, len(labels))
     of_classes = [(labels == c).nonzero().flatten() for c in labels.unique()]
-    return torch.cat([i[:-(-n * len(i) // len(labels))] for i in of_classes]).sort().values
+    return torch.cat([i[:max(2, -(-n * len(i) // len(labels)))] for i in of_classes]).sort().values
 
 
 def report_text(table, run, step):
@@ -167,10 +177,12 @@ def report_text(table, run, step):
 
 def report_of_run(path, held_out=None, features=None, data_dir="datasets", batch_size=50,
                   device="cpu", steps=None, cfg=None):
-    """The report of a checkpoint -> table, run, step. With the run's own settings it is kept in
-    quality.json beside it."""
+    """The report of a checkpoint -> table, its settings, its step, the held-out pictures."""
     checkpoint = load_run(path)
     run, classes = checkpoint["args"], checkpoint["classes"]
+    if run["dataset"] not in DATASETS and not Path(run["dataset"]).exists():
+        raise UserError(f"the pictures of the run, its --dataset {run['dataset']}, are not found "
+                        f"from {Path.cwd()}: start from the folder in which it was trained")
     run["cfg"] = run["cfg"] if cfg is None else cfg
     rae = load_rae(checkpoint["rae"], device, run["weights_dir"])
     sides = picture_sides(rae.name, rae.image_size, run["rae_patch"])
@@ -188,24 +200,33 @@ def report_of_run(path, held_out=None, features=None, data_dir="datasets", batch
     table = quality_report(train_set, test_set, rae, sampler,
                            features or AUTOENCODERS[rae.name].features, run["report"] or 500,
                            steps_of_rows=steps or (1, 2, 4, 8))
-    if steps is None and cfg is None:
-        write_json(Path(path).with_name("quality.json"), table)
-    return table, run, checkpoint["step"]
+    return table, run, checkpoint["step"], test_set
 
 
 def end_of_run(out, run, dataset, rae, sampler, step):
     """Prints the report of a run that has ended, and keeps it; unless that was done before."""
-    quality, saved = out / "quality.json", (out / "ckpt.pt").stat().st_mtime_ns
-    if not run["report"] or quality.exists() and quality.stat().st_mtime_ns >= saved:
+    quality = out / "quality.json"
+    if not run["report"]:
         return
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        if json.loads(quality.read_text())["step"] == step:
+            return
     try:
         test_set = held_out_set(dataset.recipe["dataset"], run["image_size"])
         table = quality_report(dataset, test_set, rae, sampler, AUTOENCODERS[rae.name].features,
                                run["report"])
-        write_json(quality, table)
         print(report_text(table, run, step))
+        keep(out, table, run, step, test_set)
     except UserError as error:                                # the run is whole all the same
         print(f"no quality report: {error}")
+
+
+def keep(out, table, run, step, test_set):
+    """quality.json: the rows, the step and the pictures that they are of."""
+    against = test_set.recipe if test_set else "none: training pictures stand in for held-out ones"
+    write_json(out / "quality.json", {"step": step, "guidance": run["cfg"],
+                                      "training pictures": run["pictures"],
+                                      "held-out pictures": against, "rows": table})
 
 
 def held_out_set(dataset, image_size):
@@ -242,9 +263,12 @@ def main(argv=None):
     add("--data-dir", default="datasets", help="where data sets are")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    table, run, step = report_of_run(args.ckpt, args.held_out, args.features, args.data_dir,
-                                     args.batch_size, setup(args.device)[2], args.steps, args.cfg)
+    table, run, step, test_set = report_of_run(
+        args.ckpt, args.held_out, args.features, args.data_dir, args.batch_size,
+        setup(args.device)[2], args.steps, args.cfg)
     print(json.dumps(table) if args.json else report_text(table, run, step))
+    if args.steps is None and args.cfg is None:               # else it is not the run's own
+        keep(Path(args.ckpt).parent, table, run, step, test_set)
 
 
 if __name__ == "__main__":

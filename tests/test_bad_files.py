@@ -22,12 +22,13 @@ import sample
 import train
 from conftest import equal, forked, make_photos, start, train_args, processes
 from utils.checkpoint import first_not_finite
-from utils.files import locked
+from utils.cli import UserError
+from utils.files import append_line, locked
 from utils.processes import explain, user_errors
 
 
 def ends(main, argv):
-    """-> exit status, the lines of stderr that are no progress bar."""
+    """-> exit status, the lines of stderr that are no note."""
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -35,8 +36,7 @@ def ends(main, argv):
             status = 0
         except SystemExit as stop:
             status = stop.code
-    lines = err.getvalue().replace("\r", "\n").splitlines()
-    return status, [line for line in lines if line.strip() and "%|" not in line and "it/s" not in line]
+    return status, [line for line in err.getvalue().splitlines() if not line.startswith("note: ")]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ BAD_ARGUMENTS = [
     (fid, 2, "out/run/ckpt.pt photos"), (fid, 2, "photos"), (fid, 1, "photos photos --inception-weights pipe"),
     (fid, 1, "photos photos --inception-weights file"), (fid, 1, "huge.npz photos"), (fid, 1, "evil.npz stats.npz"),
     (fid, 2, "pipe.pt"), (rae, 2, "photos"), (rae, 1, "reconstruct pipe --ckpt CKPT"), (rae, 1, "reconstruct photos --ckpt CKPT"),
-    (rae, 1, "reconstruct nowhere.png --ckpt CKPT"), (rae, 2, "reconstruct photos/left/0.png --ckpt CKPT --out photos/left"),
+    (rae, 1, "reconstruct nowhere.png --ckpt CKPT"),
     (rae, 1, "reconstruct photos/left/0.png --ckpt CKPT --out file"), (flops, 2, "--model SiT-Q/1"), (flops, 2, "--steps -1"),
 ]
 
@@ -241,7 +241,7 @@ def test_a_damaged_cache_is_encoded_again(photos, tmp_path, capsys):
                            (good + b"x", ""), (b"", ""), (None, "")):
         path.unlink() if content is None else path.write_bytes(content)
         train.main(train_args(tmp_path, "--encode-only"))
-        said = capsys.readouterr().out
+        said = "".join(capsys.readouterr())
         assert words in said and "encoded 36 pictures" in said, said
         assert path.read_bytes() == good
     (path.parent / "manifest.json").write_text("[1]")         # it is for people; the folder's name has its hash
@@ -261,9 +261,9 @@ def test_a_large_cache_is_checked_by_encode_only(photos, tmp_path, capsys, monke
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     capsys.readouterr()
     train.main(train_args(tmp_path, "--steps", "1"))
-    assert "damaged" not in capsys.readouterr().out
+    assert "damaged" not in capsys.readouterr().err
     train.main(train_args(tmp_path, "--encode-only", "--out-dir", str(tmp_path / "other")))
-    assert "1 of 1 files of" in capsys.readouterr().out and path.read_bytes() == good
+    assert "1 of 1 files of" in capsys.readouterr().err and path.read_bytes() == good
 
 
 def test_a_log_never_stands_in_the_way(photos, tmp_path, capsys):
@@ -277,7 +277,7 @@ def test_a_log_never_stands_in_the_way(photos, tmp_path, capsys):
         lines = (tmp_path / "out" / "again" / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [2, 4]
         aside = next((tmp_path / "out" / "again").glob("log-with-broken-lines-*"))
-        assert aside.read_bytes() == good.encode() + content and str(aside) in capsys.readouterr().out
+        assert aside.read_bytes() == good.encode() + content and str(aside) in capsys.readouterr().err
         shutil.rmtree(tmp_path / "out" / "again")
 
 
@@ -374,16 +374,46 @@ def test_killed_and_stopped_runs_end_in_the_same_bits(photos, tmp_path):
     assert logs[first] == logs[whole]
 
 
-def test_two_processes_stop_together(photos, tmp_path):
-    processes = start("train", train_args(tmp_path, "--steps", "100000"), tmp_path)
-    log, deadline = tmp_path / "out" / "run" / "log.jsonl", time.time() + 60
-    while time.time() < deadline and not (log.exists() and log.stat().st_size):
+def wait_for(log, lines):
+    deadline = time.time() + 60
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= lines):
         time.sleep(0.02)
-    for process in processes:
-        process.terminate()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signals")
+def test_other_signals_save_too(photos, tmp_path):
+    """SIGUSR1 saves, again and again, and the run goes on; the others end it."""
+    for kind in (signal.SIGHUP, signal.SIGUSR2):
+        stopped(tmp_path / kind.name, photos, [kind])
+    process = forked(with_stderr, tmp_path / "err", train_args(tmp_path, "--steps", "100000", "--save-every", "100000"))
+    process.start()
+    run, saved = tmp_path / "out" / "run", [0]
+    wait_for(run / "log.jsonl", 1)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGUSR1)
+        while process.is_alive():
+            with contextlib.suppress(OSError):
+                if (step := torch.load(run / "ckpt.pt")["step"]) > saved[-1]:
+                    saved.append(step)
+                    break
+    assert len(saved) == 3 and process.is_alive()
+    process.kill()
+    process.join()
+
+
+def test_two_processes_stop_together(photos, tmp_path):
+    """One was asked, and nothing is ever logged: torchrun kills 30 s later."""
+    argv = train_args(tmp_path, "--steps", "100000", "--log-every", "100000", "--save-every", "3")
+    processes = start("train", argv, tmp_path)
+    log, deadline = tmp_path / "out" / "run" / "ckpt.pt", time.time() + 60
+    while time.time() < deadline and not log.exists():
+        time.sleep(0.02)
+    processes[1].terminate()
+    asked = time.time()
     for process in processes:
         process.join(60)
         assert process.exitcode == 143
+    assert time.time() - asked < 20
     said = (tmp_path / "stderr-0").read_text() + (tmp_path / "stderr-1").read_text()
     assert said.count("and saved: the same command resumes it") == 1 and "RuntimeError" not in said
     assert torch.load(log.parent / "ckpt.pt", weights_only=True)["step"] > 2
@@ -423,6 +453,52 @@ def test_a_closed_pipe_and_a_full_output(tmp_path):
         process.join(60)
         said = (tmp_path / "full").read_text()
         assert process.exitcode == 1 and said.count("\n") == 1 and "output" in said
+
+
+def without_outputs(argv, numbers, end):
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if number in numbers:                                 # >&-, 2>&-
+            os.close(number)
+            setattr(sys, name, None)
+    with contextlib.suppress(SystemExit):
+        train.main(argv)
+        end.touch()
+
+
+@pytest.mark.parametrize("numbers", [(1,), (2,), (1, 2)])
+def test_closed_outputs(numbers, photos, tmp_path):
+    process = forked(without_outputs, train_args(tmp_path, "--steps", "2"), numbers, tmp_path / "end")
+    process.start()
+    process.join(60)
+    assert (tmp_path / "end").exists() and len((tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_places_that_are_none(place, photos, tmp_path, monkeypatch):
+    """Links to nothing, a disk that is none, a full one, no bars where there is no terminal."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink("/scratch-that-is-gone", "gone")
+    status, lines = ends(train.main, [*train_args(tmp_path), "--out-dir", "gone/run"])
+    assert status == 1 and lines[0].endswith("gone is a link that leads nowhere"), lines
+    if os.path.exists("/proc/self"):
+        status, lines = ends(train.main, [*train_args(tmp_path), "--out-dir", "/proc/runs"])
+        assert status == 1 and len(lines) == 1 and "the folder /proc/runs cannot be made" in lines[0]
+    assert ends(train.main, train_args(tmp_path, "--steps", "2")) == (0, [])
+    if os.path.exists("/dev/full"):
+        log = tmp_path / "out" / "run" / "log.jsonl"
+        log.unlink()
+        log.symlink_to("/dev/full")
+        with pytest.raises(UserError, match="cannot write .*log.jsonl: No space left"):
+            append_line(log, 1, {})
+
+
+def test_without_the_modules_of_unix(photos, tmp_path, monkeypatch, capsys):
+    """As on Windows."""
+    for name in ("resource", "fcntl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    train.main(train_args(tmp_path, "--steps", "2"))
+    found = capsys.readouterr()
+    assert "images/s, waiting" in found.out and "run cannot be locked" in found.err
+    assert json.loads((tmp_path / "out" / "run" / "log.jsonl").read_text())["memory_gb"] is None
 
 
 def test_no_memory_is_one_line():

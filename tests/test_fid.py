@@ -362,7 +362,7 @@ def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, 
     loads = []
 
     class Flowers:
-        name, labels = "flowers", torch.zeros(5)
+        name, labels, classes = "flowers", torch.zeros(5, dtype=torch.long), ["rose"]
         recipe = {"dataset": "flowers", "n": 5, "image_size": 256}
 
         def load(self, indices):
@@ -392,7 +392,7 @@ def test_statistics_of_a_data_set_are_kept(weights_file, tmp_path, monkeypatch, 
     whole = Path(first_file).read_bytes()
     Path(first_file).write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     fid.main([*map(str, argv), "--metrics", "fid", "--device", "cpu"])
-    assert "the statistics are made again" in capsys.readouterr().out and loads == [3, 2] * 3
+    assert "the statistics are made again" in capsys.readouterr().err and loads == [3, 2] * 3
     assert Path(first_file).read_bytes()[:5001] == whole[:5001]
 
 

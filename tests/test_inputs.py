@@ -28,7 +28,7 @@ def fails(main, argv, capsys, status=1):
     """-> the one line with which it ends."""
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
     assert stop.value.code == status and len(lines) == 1, lines
     return lines[0]
 
@@ -92,11 +92,11 @@ def test_only_what_changed_is_read_again(tmp_path, monkeypatch, capsys):
     index.write_text(index.read_text().replace("a", "b", 1))
     read.clear()
     load_dataset(str(photos), 16, root=tmp_path)
-    assert len(read) == 4 and "is damaged: the pictures are read again" in capsys.readouterr().out
+    assert len(read) == 4 and "is damaged: the pictures are read again" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "contents")
     (tmp_path / "contents").write_text("in the way")
     load_dataset(str(photos), 16, root=tmp_path)
-    assert "each start will read all pictures" in capsys.readouterr().out
+    assert "each start will read all pictures" in capsys.readouterr().err
 
 
 def test_a_refused_resume_says_what_changed(photos, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_a_refused_resume_says_what_changed(photos, tmp_path, capsys):
 def test_skip_bad_follows_the_files(photos, tmp_path, capsys):
     def load():
         dataset = load_dataset(str(photos), 32, 8, tmp_path / "datasets", skip_bad=True)
-        return len(dataset.labels), capsys.readouterr().out
+        return len(dataset.labels), capsys.readouterr().err
 
     assert load() == (36, "")
     whole = (photos / "left" / "3.png").read_bytes()
@@ -200,7 +200,58 @@ def test_many_classes_are_described_by_their_ends(tmp_path):
     save(tmp_path / "set", {f"c{i:02}": range(1 + i % 7) for i in range(1, 13)})
     text = describe(load_dataset(str(tmp_path / "set"), 16, root=tmp_path))
     assert text == ("12 classes: c01 2, c02 3, c03 4, c04 5, c05 6, c06 7, c07 1, c08 2, c09 3, c10 4, "
-                    "...; smallest c07 1, largest c06 7")
+                    "...; smallest c07 1, largest c06 7; 41 pictures are there twice, 6 in two classes")
+
+
+def test_a_data_set_that_holds_itself_is_refused(tmp_path):
+    cells = save(tmp_path / "cells", {"a": [1, 2], "b": [3]})
+    shutil.copytree(cells, tmp_path / "copy")
+    (tmp_path / "copy").rename(cells / "cells")
+    with pytest.raises(UserError, match="cells/cells is the folder of a class and holds a folder a, "):
+        load_dataset(str(cells), 16, root=tmp_path)
+    (cells / "cells").rename(tmp_path / "elsewhere")
+    (cells / "a" / "a").mkdir()                               # its own name
+    shutil.move(cells / "a" / "0.bmp", cells / "a" / "a" / "0.bmp")
+    assert load_dataset(str(cells), 16, root=tmp_path).labels.tolist() == [0, 0, 1]
+
+
+def test_what_is_there_twice_and_what_is_enlarged_is_counted(tmp_path):
+    photos = save(tmp_path / "set", {"a": [1, 2, 3], "b": [4, 5]}, size=(28, 30))
+    shutil.copy(photos / "a" / "0.bmp", photos / "a" / "again.bmp")
+    shutil.copy(photos / "a" / "1.bmp", photos / "b" / "other.bmp")
+    Image.new("RGB", (99, 90)).save(photos / "b" / "large.bmp")
+    assert describe(load_dataset(str(photos), 64, root=tmp_path)) == (
+        "2 classes: a 4, b 4; 2 pictures are there twice, 1 in two classes; 7 are enlarged, from "
+        "sides of 28 to 28 to 64 pixels")
+    assert "enlarged" not in describe(load_dataset(str(photos), 28, root=tmp_path))
+
+
+def test_pages_placeholders_and_giants(photos, tmp_path):
+    pages = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue", "white")]
+    for ending in ("tif", "gif", "webp", "png"):
+        pages[0].save(photos / "left" / f"0.{ending}", save_all=True, append_images=pages[1:])
+        with pytest.raises(UserError, match=f"0.{ending} cannot be .*it has 3 pages: save those"):
+            read_picture(photos / "left" / f"0.{ending}")
+        (photos / "left" / f"0.{ending}").unlink()
+    pages[0].save(photos / "left" / "0.jpg", "MPO", save_all=True, append_images=pages[1:])
+    assert read_picture(photos / "left" / "0.jpg").getpixel((9, 9))[0] > 250      # a phone's
+    (photos / "left" / ".1.jpg.icloud").touch()
+    assert describe(load_dataset(str(photos), 16, root=tmp_path)).endswith("; left out: 1 .icloud")
+    header = b"P6 20000 18000 255\n"                           # 360 megapixels, and none of them
+    (photos / "left" / "1.ppm").write_bytes(header)
+    with pytest.raises(UserError, match="1.ppm cannot be read as a picture .*: shrink it"):
+        read_picture(photos / "left" / "1.ppm")
+
+
+def test_letters_of_a_mac(tmp_path):
+    composed, decomposed = "G\u00e4nsebl\u00fcmchen", "Ga\u0308nseblu\u0308mchen"
+    save(tmp_path / "mac", {decomposed: [1], "Rose": [2]})
+    save(tmp_path / "held", {composed: [1], "Rose": [2]})
+    names = {tuple(load_dataset(str(tmp_path / name), 16, root=tmp_path).classes) for name in ("mac", "held")}
+    assert names == {(composed, "Rose")}
+    save(tmp_path / "mac", {composed: [1]})
+    with pytest.raises(UserError, match="of other bytes but the same letters"):
+        load_dataset(str(tmp_path / "mac"), 16, root=tmp_path)
 
 
 def test_links_are_followed_once_and_what_is_there_goes_first(tmp_path):
@@ -404,6 +455,10 @@ def test_numbers_of_classes():
     for wanted, classes in (("1", ["001", "002", "003"]), ("001", ["1", "2"]), ("02", ["2", "3", "4"])):
         with pytest.raises(UserError, match=f"--classes {wanted}: is it the name"):
             class_numbers([wanted], classes)
+    with pytest.raises(UserError, match="--classes 0: there is no such class; there are 12: 1, 2"):
+        class_numbers(["0"], [str(i) for i in range(1, 13)])  # a number is a name there
+    decomposed = "Ga\u0308nseblu\u0308mchen"                   # as a Mac writes it
+    assert class_numbers(["G\u00e4nsebl\u00fcmchen", decomposed], ["Rose", decomposed]) == [1, 1]
     for wanted in ("3", "9" * 5000, "-1", "\x1b[2J"):
         with pytest.raises(UserError, match="there is no such class; there are 3"):
             class_numbers([wanted], ["daisy", "rose", "tulip"])
@@ -487,6 +542,109 @@ def test_a_folder_is_scored_as_training_reads_it(tmp_path, monkeypatch, capsys):
         assert "would read 3 of 4 pictures otherwise" in found.err and words in found.err
         distance = list(json.loads(found.out)["numbers"].values())[0]
         assert (distance < 1e-6) == (not more)
+
+
+@pytest.fixture
+def means(monkeypatch):
+    """Features that need no weights: of colours."""
+    network = lambda images: torch.cat([images.double().mean((2, 3)), images.double().std((2, 3))], 1)
+    monkeypatch.setitem(fid.NETWORKS, "means", lambda *args: {"means": network})
+
+
+def scored(A, B, capsys, *more):
+    """-> numbers, what was said, recipe; stdout is one JSON object."""
+    fid.main([str(A), str(B), "--features", "means", "--device", "cpu", "--json", *more])
+    found = capsys.readouterr()
+    result = json.loads(found.out)
+    return list(result["numbers"].values()), found.err, result["recipe"]
+
+
+def noise(folder, n, size=(24, 24), seed=0):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8) // (1 + i % 3)).save(folder / f"{i:03}.png")
+    return folder
+
+
+def test_sizes_few_pictures_and_shares_are_said(means, tmp_path, capsys):
+    square, other = noise(tmp_path / "square", 70), noise(tmp_path / "other", 70, (24, 30), 1)
+    numbers, said, recipe = scored(square, square, capsys)
+    assert numbers == [pytest.approx(0, abs=1e-6)] and said == ""
+    assert recipe["A"]["sizes"] == "24 x 24" and recipe["A"]["read"] == "as in training, but whole"
+    _, said, recipe = scored(square, other, capsys)
+    assert "other: 70 of 70 pictures are not square: the whole ones are squashed" in said
+    assert "square has pictures of 24 x 24" in said and "of 30 x 24 pixels: the distance" in said
+    assert recipe["B"]["sizes"] == "30 x 24"
+    few = noise(tmp_path / "few", 9)
+    _, said, _ = scored(square, few, capsys)
+    assert "few: 9 pictures for 64 features: the covariance is singular" in said and "square: 70" not in said
+
+    data = save(tmp_path / "data", {"common": range(95), "rare": range(5)}, size=(24, 24))
+    arrays = dict(arr_0=np.zeros((100, 24, 24, 3), np.uint8), classes=np.array(["common", "rare"]))
+    np.savez(tmp_path / "equal.npz", **arrays, labels=np.arange(100) % 2)
+    np.savez(tmp_path / "alike.npz", **arrays, labels=(np.arange(100) > 94).astype(int))
+    _, said, _ = scored(tmp_path / "equal.npz", data, capsys)
+    assert "classes in other shares (" in said and "50% and" in said and "--balance data" in said
+    assert "shares" not in scored(tmp_path / "alike.npz", data, capsys)[1]
+
+
+def test_statistics_of_six_pictures_and_a_score_of_eight(trained, means, tmp_path, monkeypatch, capsys):
+    x = np.random.default_rng(0).normal(size=(3000, 64))
+    recipe = json.dumps({"pictures": {"n": 6}, "features": {}})
+    np.savez(tmp_path / "six.npz", mu=x.mean(0), sigma=np.cov(x.T), recipe=recipe)
+    fid.main([str(tmp_path / "six.npz"), str(tmp_path / "six.npz"), "--device", "cpu"])
+    assert "six.npz: 6 pictures for 64 features: the covariance is singular" in capsys.readouterr().err
+    np.savez(tmp_path / "huge.npz", mu=np.full(64, np.inf), sigma=np.cov(x.T))
+    line = fails(fid.main, [tmp_path / "huge.npz", tmp_path / "six.npz", "--device", "cpu"], capsys)
+    assert "huge.npz cannot be read as an npz (mu or sigma is not finite)" in line
+
+    seen, eight = [], noise(tmp_path / "eight", 8)
+    monkeypatch.setattr(fid, "load_extractors", lambda spaces, *args: (seen.append(spaces), [
+        fid.Small({name: lambda images: torch.rand(len(images), 2048) for name in ("pool", "logits")})],
+        {"pipeline": "pytorch", "weights_sha256": "x"})[1:])
+    fid.main([str(eight), str(eight), "--device", "cpu"])
+    assert seen == [{"pool"}] and "inception score" not in capsys.readouterr().out
+    line = fails(fid.main, [eight, eight, "--metrics", "is", "--device", "cpu"], capsys)
+    assert "eight: 8 pictures do not make 10 parts" in line and len(seen) == 1
+
+
+def test_what_is_given_in_place_of_pictures(trained, means, tmp_path, capsys):
+    """A run, the folder of a checkpoint, an archive."""
+    for A in (trained, trained.parent):
+        line = fails(fid.main, [A, A, "--features", "means", "--device", "cpu"], capsys)
+        assert f"{trained} is a run" in line and f"--ckpt {trained}/ckpt.pt --num 10000 --npz" in line
+    line = fails(sample.main, ["--ckpt", trained, "--device", "cpu"], capsys)
+    assert line.endswith(f"{trained} is a folder: give {trained / 'ckpt.pt'}")
+    save(tmp_path / "set", {"a": range(200)}, size=(2, 2))
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+    for main, argv in ((fid.main, [archive, archive, "--features", "means"]), (train.main, ["--dataset", archive])):
+        line = fails(main, [*argv, "--device", "cpu"], capsys)
+        assert "unpack it" in line and len(line) < 400
+
+
+def test_shares_of_the_data(tmp_path, capsys):
+    """As the numbers of pictures in the classes, however many are drawn; each picture as before."""
+    counts = torch.bincount(sample.shares_of([950, 50], torch.arange(1000)))
+    assert abs(counts[1] - 50) < 3
+    assert torch.bincount(sample.shares_of([1, 2, 3], torch.arange(60))).tolist() == pytest.approx([10, 20, 30], abs=1)
+    save(tmp_path / "photos", {"common": range(30), "rare": range(6)})
+    train.main(train_args(tmp_path, "--steps", "1"))
+    argv = ["--ckpt", str(tmp_path / "out" / "run" / "ckpt.pt"), "--device", "cpu", "--steps", "1"]
+    for name, more in (("a", ["--num", "40"]), ("b", ["--num", "20", "--batch-size", "7"])):
+        sample.main([*argv, *more, "--balance", "data", "--out", str(tmp_path / f"{name}.npz")])
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert 5 <= a["labels"].sum() <= 8 and np.array_equal(a["labels"][:20], b["labels"])
+    assert abs(a["arr_0"][:20].astype(int) - b["arr_0"]).max() <= 1
+    assert json.loads(str(a["recipe"]))["balance"] == "as the data"
+    old = torch.load(tmp_path / "out" / "run" / "ckpt.pt")
+    del old["counts"]
+    torch.save(old, tmp_path / "old.pt")
+    argv[1] = str(tmp_path / "old.pt")
+    assert "--balance data" in fails(sample.main, [*argv, "--balance", "data"], capsys, 2)
+    sample.main([*argv, "--num", "2", "--out", str(tmp_path / "c.npz")])
+    torch.save({**old, "counts": [1]}, tmp_path / "old.pt")
+    assert "counts are not those" in fails(sample.main, argv, capsys)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path):

@@ -243,7 +243,7 @@ def test_weights_by_hand(weights, monkeypatch, capsys):
     torch.save(state, weights / "model.pt")
     pin(monkeypatch, weights)
     load_rae("dinov2-b", weights_dir=weights)
-    assert "positions differ from the sin-cos formula by 0.25" in capsys.readouterr().out
+    assert "positions differ from the sin-cos formula by 0.25" in capsys.readouterr().err
     with pytest.raises(UserError, match="other weights of dinov2-b"):
         load_rae(rae.saved(), weights_dir=weights)
 

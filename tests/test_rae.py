@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import rae as rae_script
+import sample
 from conftest import ROOT, fit_rae
 from data import load_dataset
 from rae import LatentCache, LatentsOnTheFly, cache_of, load_rae, open_latents, picture_sides
@@ -85,7 +86,7 @@ def test_cache_refuses(setting, monkeypatch):
     with pytest.raises(UserError, match="not finite"):
         LatentCache(dataset, rae, root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="kB free"):
         LatentCache(dataset, other, root.with_name("new"))
 
 
@@ -137,7 +138,7 @@ def test_latents_are_cached_where_the_disk_has_room(setting, monkeypatch, capsys
     dataset, rae, root = setting
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     assert isinstance(open_latents(dataset, rae, root), LatentsOnTheFly)
-    assert "the latents would take" in capsys.readouterr().out
+    assert "the latents would take" in capsys.readouterr().err
     with pytest.raises(UserError, match="make room, or encode in every step"):
         open_latents(dataset, rae, root, "yes")
     monkeypatch.undo()
@@ -164,7 +165,7 @@ def test_reconstruct(trained, tmp_path, capsys, monkeypatch):
     arguments = ["--ckpt", str(trained / "ckpt.pt"), "--out", str(tmp_path / "out"), "--device",
                  "cpu"]
     rae_script.main(["reconstruct", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *arguments])
-    both = np.asarray(Image.open(tmp_path / "out" / "a.png")).astype(float)
+    both = np.asarray(Image.open(tmp_path / "out" / "a.reconstructed.png")).astype(float)
     assert both.shape == (32, 64, 3)
     with Image.open(tmp_path / "a.png") as picture:
         expected = picture.crop((5, 0, 30, 25)).resize((32, 32), Image.Resampling.BICUBIC)
@@ -182,15 +183,31 @@ def test_reconstruct(trained, tmp_path, capsys, monkeypatch):
         assert stop.value.code == status and message in error and error.count("\n") == 1
 
 
-def test_reconstruct_never_writes_over_a_picture(trained, tmp_path, capsys):
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        rae_script.main(["reconstruct", str(tmp_path / "a.png"), "--out", str(tmp_path),
-                         "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "would be overwritten" in error and error.count("\n") == 1
-    assert (tmp_path / "a.png").read_bytes() == before
+def test_no_command_writes_over_a_file_of_others(trained, tmp_path, capsys):
+    """Over its own it does, again and again."""
+    ckpt = ["--ckpt", str(trained / "ckpt.pt"), "--device", "cpu"]
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.jpg")
+    commands = {
+        "a.reconstructed.png": (rae_script, ["reconstruct", str(tmp_path / "a.jpg"), "--out", str(tmp_path)]),
+        "grid.png": (sample, ["--out", str(tmp_path / "grid.png")]),
+        "grid.jpg": (sample, ["--out", str(tmp_path / "grid.jpg")]),
+        "drawn.npz": (sample, ["--out", str(tmp_path / "drawn.npz")]),
+        "drawn/000001.png": (sample, ["--num", "2", "--out", str(tmp_path / "drawn")])}
+    for name, (script, argv) in commands.items():
+        script.main([*argv, *ckpt])
+        script.main([*argv, *ckpt])
+        path = tmp_path / name
+        if path.suffix == ".npz":
+            np.savez(path, arr_0=np.zeros((1, 2, 2, 3), np.uint8))
+        else:
+            Image.new("RGB", (40, 40)).save(path)
+        before = path.read_bytes()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            script.main([*argv, *ckpt])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{name} is there and was not made by" in error, error
+        assert error.count("\n") == 1 and path.read_bytes() == before
 
 
 def test_encode_fills_the_cache_that_training_reads(photos, tmp_path, capsys):

@@ -171,7 +171,7 @@ def test_what_does_not_compile_runs_on(photos, tmp_path, monkeypatch, capsys):
         return forward
     monkeypatch.setattr(torch, "compile", no_compiler)
     train.main(train_args(tmp_path, "--steps", "1", "--compile"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "note: not compiled, and slower for it (no compiler here); --no-compile" in said
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert compiles(None, CPU) is False and compiles(True, CPU) is True

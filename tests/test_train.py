@@ -72,7 +72,8 @@ def test_ema_is_what_it_says(photos, tmp_path):
 
 def test_checkpoint_log_and_pictures(trained):
     checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
-    assert checkpoint.keys() == {"model", "ema", "optimizer", "step", "args", "classes", "rae"}
+    assert checkpoint.keys() == {"model", "ema", "optimizer", "step", "args", "classes", "counts", "rae"}
+    assert checkpoint["counts"] == [12, 12, 12]
     assert checkpoint["step"] == 4 and checkpoint["classes"] == ["left", "right", "top"]
     assert list(checkpoint["ema"]) == ["0.995", "0.1"]
     assert not any("module." in key or "_orig_mod" in key for key in checkpoint["model"])
@@ -196,7 +197,7 @@ def test_bad_folders(photos, tmp_path, capsys):
 def test_files_where_folders_should_be_and_a_full_disk(photos, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     fails(capsys, 1, "file/latents", train_args(tmp_path, "--data-dir", str(tmp_path / "file")))
-    fails(capsys, 1, "file: File exists", train_args(tmp_path, "--out-dir", str(tmp_path / "file")))
+    fails(capsys, 1, "file cannot be made: File exists", train_args(tmp_path, "--out-dir", str(tmp_path / "file")))
 
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -49,8 +49,10 @@ def load_checkpoint(path, check=lambda checkpoint: None):
 
     check: a function of it, whose errors say why it cannot be used.
     """
-    if not Path(path).exists():
-        raise UserError(f"there is no checkpoint at {path}")
+    if not Path(path).is_file():
+        inside = Path(path) / "ckpt.pt"
+        raise UserError(f"{path} is a folder: give {inside}" if inside.exists() else
+                        f"there is no checkpoint at {path}")
     checkpoint = load_tensors(path, "cannot be used: it is not a checkpoint of train.py")
     try:
         for key, kind in CHECKPOINT.items():
@@ -58,6 +60,10 @@ def load_checkpoint(path, check=lambda checkpoint: None):
                 raise ValueError(f"{key!r} is missing, or of another type")
         if not checkpoint["classes"] or not all(isinstance(c, str) for c in checkpoint["classes"]):
             raise ValueError("classes are no names")
+        counts = checkpoint.setdefault("counts", [])          # older ones do not have them
+        if counts and ([type(n) for n in counts] != [int] * len(checkpoint["classes"])
+                       or min(counts) < 1):
+            raise ValueError("counts are not those of pictures in its classes")
         if checkpoint["step"] < 0:
             raise ValueError(f"step {checkpoint['step']}")
         if name := first_not_finite(checkpoint):

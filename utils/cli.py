@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import textwrap
+import unicodedata
 
 
 class UserError(Exception):
@@ -100,6 +101,17 @@ def one_line(error, most=150):
     return printable(" ".join(str(error).split())[:most])
 
 
+def size_text(n):
+    """Bytes, in words."""
+    power = min(3, max(1, (len(str(int(n))) - 1) // 3))
+    return f"{n / 1000 ** power:,.1f} {' kMG'[power]}B"
+
+
+def same_letters(name):
+    """Composed, as keyboards write it; Macs write file names decomposed."""
+    return unicodedata.normalize("NFC", name)
+
+
 def table_text(rows, formats=None):
     """Rows (dicts with the same keys) -> an aligned Markdown table. None is an empty cell.
 
@@ -121,15 +133,16 @@ def table_text(rows, formats=None):
 
 def class_numbers(wanted, classes):
     """Names or numbers of classes -> their labels. A name wins; what could be both is an error."""
-    labels = []
-    for name in wanted:
+    labels, classes = [], [same_letters(name) for name in classes]
+    numbered = any(name.isdecimal() for name in classes)      # then a number is a name
+    for name in map(same_letters, wanted):
         alike = [c for c in classes if name.isdecimal() and c.isdecimal() and int(c) == int(name)]
         if name in classes:
             labels.append(classes.index(name))
         elif alike:
             raise UserError(f"--classes {name}: is it the name {alike[0]}, or the number of "
                             f"{classes[int(name) % len(classes)]}? Write the name")
-        elif name.isdecimal() and len(name) < 10 and int(name) < len(classes):
+        elif name.isdecimal() and not numbered and len(name) < 10 and int(name) < len(classes):
             labels.append(int(name))
         else:
             shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
@@ -165,4 +178,5 @@ def log_line(step, line):
             " ".join(f"{name} {value:.2f}" for name, value in line.items() if name not in others) +
             f" | by angle 0-22-45-68-90 deg: {angles}" * bool(angles) +
             f" | gradient {line['grad_norm']:.1f}, {line['images_per_s']:.0f} images/s, "
-            f"waiting {100 * line['waiting']:.1f}%, {line['memory_gb']:.1f} GB")
+            f"waiting {100 * line['waiting']:.1f}%" +
+            (f", {line['memory_gb']:.1f} GB" if line["memory_gb"] else ""))       # or unknown

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.cli import UserError, one_line
-from utils.processes import DISK_REFUSES
+from utils.cli import UserError, one_line, size_text
+from utils.processes import DISK_REFUSES, note
 
 # ---- Writing -------------------------------------------------------------------------------------
 
@@ -36,8 +36,8 @@ def write_whole(path, part=None):
     """Yields a temporary path beside `path`, renamed at the end: nobody meets half a file."""
     path = Path(path)
     part = part or part_of(path)
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         part.replace(path)
     except Exception as error:                                # a full disk, no permission, ...
@@ -51,6 +51,16 @@ def write_whole(path, part=None):
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        dead = [p for p in (path, *path.parents) if p.is_symlink() and not p.exists()]
+        why = f"{dead[0]} is a link that leads nowhere" if dead else error.strerror
+        raise UserError(f"the folder {path} cannot be made: {why}") from error
 
 
 def write_json(path, value):
@@ -71,15 +81,18 @@ def cut_log(path, step):
             broken = True
     if broken:
         aside = path.with_name(f"log-with-broken-lines-{time.time_ns()}.jsonl")
-        print(f"note: {path} had lines that are not of the log; as it was it is now {aside}")
+        note(f"{path} had lines that are not of the log; as it was it is now {aside}")
         path.replace(aside)
     with write_whole(path) as part:
         part.write_text("".join(kept))
 
 
 def append_line(path, step, line):
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:                                  # a full disk names no file
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -89,7 +102,7 @@ def locked(folder, wait=False):
     Temporary files to which nobody wrote for an hour are removed: their writers were killed.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "w") as file:
         try:
             import fcntl                                      # not on Windows
@@ -99,10 +112,10 @@ def locked(folder, wait=False):
                 if not wait:
                     raise UserError(f"{folder}: another run is writing there: wait for its end, or "
                                     "name another folder") from None
-                print(f"{folder}: another run is writing there: waiting for its end", flush=True)
+                note(f"{folder}: another run is writing there: waiting for its end")
                 fcntl.flock(file, fcntl.LOCK_EX)
         except (ImportError, OSError) as error:
-            print(f"note: {folder} cannot be locked ({error}): start no second run there")
+            note(f"{folder} cannot be locked ({error}): start no second run there")
         for part in folder.glob(".part-*"):
             if time.time() - part.stat().st_mtime > 3600:
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
@@ -178,7 +191,7 @@ def download(url, path, size=None, sha256=None, md5=None):
     path, part = Path(path), Path(f"{path}.part")
     if path.exists():
         return verify(path, f"remove it to fetch it again from {url}", size, sha256, md5)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(part.parent)
     have = part.stat().st_size if part.exists() else 0
     by_hand = f"or put the file at {path} by hand"
     if not have or have != size:                              # else it only lacks its name
@@ -193,11 +206,11 @@ def download(url, path, size=None, sha256=None, md5=None):
                 total = have + int(response.headers["Content-Length"] or 0)
                 free = free_bytes(part.parent)
                 if total - have > free:
-                    raise UserError(f"{url} has {total / 1e9:.2f} GB, but {part.parent} has "
-                                    f"{free / 1e9:.2f} GB free")
+                    raise UserError(f"{url} has {size_text(total)}, but {part.parent} has "
+                                    f"{size_text(free)} free")
                 with open(part, "ab" if have else "wb") as file, tqdm(
                         desc=path.name, total=total or None, initial=have, unit="B",
-                        unit_scale=True) as bar:
+                        unit_scale=True, disable=None) as bar:
                     while block := response.read(1 << 20):
                         have += file.write(block)
                         bar.update(len(block))
@@ -208,12 +221,12 @@ def download(url, path, size=None, sha256=None, md5=None):
             raise UserError(f"{url} cannot be fetched ({error}): try later, {by_hand}") from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError,
                 ssl.SSLError) as error:
-            so_far = f" after {have / 1e6:.1f} MB, which the same command resumes" * bool(have)
+            so_far = f" after {size_text(have)}, which the same command resumes" * bool(have)
             raise UserError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}){so_far}: "
                             f"is there a network? Try again, {by_hand}") from error
         if have < total:
-            raise UserError(f"{url} broke off at {have / 1e6:.1f} of {total / 1e6:.1f} MB: the "
-                            f"same command resumes it, {by_hand}")
+            raise UserError(f"{url} broke off at {size_text(have)} of {size_text(total)}: the same "
+                            f"command resumes it, {by_hand}")
     try:
         verify(part, f"it was removed; fetch {url} again, {by_hand}", size, sha256, md5)
     except UserError:
@@ -231,7 +244,7 @@ def unpack(archive, folder, name):
         return tarfile.data_filter(member, path)
 
     part = folder / f".part-{name}"
-    print(f"unpacking {archive}", flush=True)
+    note(f"unpacking {archive}")
     try:
         with locked(folder, wait=True):
             if (folder / name).exists():                      # another run was faster

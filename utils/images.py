@@ -24,11 +24,12 @@ import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from utils.cli import UserError, one_line, printable
-from utils.files import file_hash, free_bytes, hash_of, write_whole
-from utils.processes import from_first, physical_memory, say
+from utils.cli import UserError, one_line, printable, same_letters, size_text
+from utils.files import file_hash, free_bytes, hash_of, make_folder, write_whole
+from utils.processes import from_first, note, physical_memory
 
 # ---- Pictures as tensors -------------------------------------------------------------------------
 
@@ -68,7 +69,8 @@ def open_picture(file):
         with Image.open(file, formats=FORMATS) as picture:
             yield picture
     except Exception as error:                                # PIL raises many kinds
-        raise UserError(f"{file} cannot be read as a picture ({one_line(error)}): repair "
+        what = "shrink" if isinstance(error, Image.DecompressionBombError) else "repair"
+        raise UserError(f"{file} cannot be read as a picture ({one_line(error)}): {what} "
                         "it") from error
 
 
@@ -93,9 +95,11 @@ def is_plain(picture):
 
 
 def upright_rgb(picture):
-    """ValueError: values of more than 8 bits, of which nobody can say which is white; or a clear
-    colour that PIL would not find again among pixels that it has scaled to 8 bits."""
+    """ValueError: values of more than 8 bits, of which nobody can say which is white; a clear
+    colour that PIL would not find again among pixels that it has scaled to 8 bits; pages."""
     layout = picture.tile[0][3] if picture.tile else None     # of a PNG: how its bits are packed
+    if (pages := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":    # a phone's
+        raise ValueError(f"it has {pages} pages: save those that count as pictures of their own")
     if is_plain(picture):
         return picture.convert("RGB")
     turn, clear = UPRIGHT.get(picture.getexif().get(0x0112)), picture.info.get("transparency")
@@ -123,8 +127,9 @@ def picture_files(folder):
     """Returns the pictures below a folder, sorted, and {kind: how many} of what else is there.
 
     A picture is a file with the ending of one of FORMATS. Hidden and system files and folders are
-    left out; links are followed, but nothing is taken twice. A folder that cannot be read is an
-    OSError, a link to nothing a UserError, or a picture for whoever reads it.
+    left out, without being counted but for pictures that a cloud has elsewhere (.NAME.jpg.icloud);
+    links are followed, but nothing is taken twice. A folder that cannot be read is an OSError, a
+    link to nothing a UserError, or a picture for whoever reads it.
     """
     pictures, left_out, seen, folders, links = [], Counter(), set(), [os.fspath(folder)], []
 
@@ -142,7 +147,7 @@ def picture_files(folder):
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(where) as entries:
                 for entry in entries:
-                    if is_hidden(entry.name):
+                    if is_hidden(entry.name) and not entry.name.endswith(".icloud"):
                         continue
                     if entry.is_symlink():
                         links.append(entry.path)
@@ -176,8 +181,8 @@ def contents(folder, files, root, check=False):
     """Returns [stamp, sha256, side] of each file, and the path at which they are remembered.
 
     As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
-    side: of a picture that was checked, in pixels, or what is wrong with it, a text (that is looked
-    at again each time).
+    side: the shorter, in pixels, as the file says, or, of those that were checked, what is wrong
+    with it, a text (that is looked at again each time); None where the file does not say it.
     """
     name = f"{folder.name[-40:]}-{hash_of(os.path.realpath(folder))[:12]}.json"
     path, known, found = Path(root) / "contents" / name, {}, {}
@@ -186,16 +191,16 @@ def contents(folder, files, root, check=False):
             digest, text = path.read_text().split("\n")
             known = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
         if not known:
-            say(f"{path} is damaged: the pictures are read again")
+            note(f"{path} is damaged: the pictures are read again")
     reader = f"Pillow {PIL.__version__}"
     for file in files:
         try:
             status = os.stat(os.path.join(folder, file))
             stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             former, digest, side, checked_by = known.get(file, [None] * 4)
-            kept = stamp == former and checked_by == reader and isinstance(side, int)
-            found[file] = [stamp, digest if stamp == former else None, side if kept else None,
-                           reader]
+            if stamp != former or not isinstance(side, int):
+                digest, side, checked_by = digest if stamp == former else None, None, None
+            found[file] = [stamp, digest, side, checked_by]
         except OSError as error:
             link = os.path.islink(folder / file) and isinstance(error, FileNotFoundError)
             why = "is a link that leads nowhere" if link else f"cannot be read: {error.strerror}"
@@ -205,22 +210,25 @@ def contents(folder, files, root, check=False):
         entry = found[file]
         try:
             entry[1] = entry[1] or file_hash(folder / file)
-            if check and entry[2] is None:
-                entry[2] = min(read_picture(folder / file).size)
+            if check:
+                entry[2:] = min(read_picture(folder / file).size), reader
+            else:
+                with contextlib.suppress(UserError), open_picture(folder / file) as picture:
+                    entry[2] = min(picture.size)
         except (OSError, UserError) as error:
             entry[2] = str(error)
 
-    todo = [file for file, (stamp, digest, side, _) in found.items()
-            if stamp and (digest is None or check and side is None)]
+    todo = [file for file, (stamp, digest, side, checked_by) in found.items()
+            if stamp and (digest is None or side is None or check and checked_by != reader)]
     with ThreadPoolExecutor() as pool:
         list(tqdm(pool.map(look, todo), total=len(todo), desc=f"reading {printable(folder)}",
-                  leave=False, delay=1))
+                  leave=False, delay=1, disable=None))
     # What changed a moment ago may change again within the same tick of the clock: it is not
     # remembered, but listed if it is bad.
     settled, new = time.time_ns() - 2 * 10 ** 9, {}
-    for file, (stamp, digest, side, _) in found.items():
+    for file, (stamp, digest, side, checked_by) in found.items():
         if stamp and stamp[2] < settled:
-            new[file] = [stamp, digest, side, reader]
+            new[file] = [stamp, digest, side, checked_by]
         elif isinstance(side, str):
             new[file] = [None, None, side, reader]
     if new != known:
@@ -229,7 +237,7 @@ def contents(folder, files, root, check=False):
             with write_whole(path) as part:
                 part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         except UserError as error:
-            say(f"note: {error}; each start will read all pictures")
+            note(f"{error}; each start will read all pictures")
     return [entry[:3] for entry in found.values()], path
 
 
@@ -269,10 +277,17 @@ def refuse_what_are_no_classes(folder, classes, files):
         if len(parts) > 1 or parts == classes and kind is SPLIT and inside:
             raise UserError(f"{folder} holds {', '.join(parts[:5])}, which are parts of a data set "
                             f"and no classes: give one of them, as {folder / parts[0]}")
+    known = set(classes)
+    again = {(parts[0], name) for parts in (file.split(os.sep) for file in files)
+             for name in parts[1:-1] if name in known and name != parts[0]}
+    if again:
+        outer, name = min(again)
+        raise UserError(f"{folder / outer} is the folder of a class and holds a folder {name}, "
+                        "which is another class: is it a copy of the data set? Move it elsewhere")
     if len(classes) == 1 and nested and len(inside) > 1:
-        say(f"note: {printable(folder)} holds one folder, and that holds "
-            f"{printable(', '.join(inside[:5]))}: if those are the classes, give "
-            f"{printable(folder / classes[0])}")
+        note(f"{printable(folder)} holds one folder, and that holds "
+             f"{printable(', '.join(inside[:5]))}: if those are the classes, give "
+             f"{printable(folder / classes[0])}")
     if files and all(SHARD.fullmatch(file.replace(os.sep, "/")) for file in files):
         raise UserError(f"{folder} holds {', '.join(classes[:3])}, shards and no classes, and no "
                         "dataset.json with labels: put the pictures into one folder a class")
@@ -314,6 +329,8 @@ class PictureSet:
     presumed: str = None                                # their pipeline, where it is not known
     is_dataset: bool = False
     unlike: set = field(default_factory=set)            # what pytorch-fid reads otherwise: numbers
+    sizes: Counter = field(default_factory=Counter)     # (H, W) -> how many, once they are known
+    classes: Counter = field(default_factory=Counter)   # name -> how many, where that is known
     notes: list = field(default_factory=list)
 
 
@@ -322,15 +339,23 @@ def open_folder(path, as_pytorch_fid=False):
     files, left_out = picture_files(path)
     if not files:
         raise UserError(f"{path} has no pictures in it or below it ({count_of(left_out)})")
+    for run in sorted({os.path.dirname(file) for file in files}):
+        if os.path.exists(os.path.join(run, "ckpt.pt")):
+            raise UserError(f"{run} is a run, whose pictures are grids: draw single ones (python "
+                            f"sample.py --ckpt {run}/ckpt.pt --num 10000 --npz) and give "
+                            f"{run}/samples.npz")
     try:
         listing = [f"{os.path.relpath(file, path)} {os.stat(file).st_size}" for file in files]
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: does the link lead nowhere?") from error
     recipe = {"folder": str(path), "n": len(files), "names_and_sizes_sha256": hash_of(listing),
-              "read": "as pytorch-fid does" if as_pytorch_fid else "as in training"}
+              "read": f"as {'pytorch-fid does' if as_pytorch_fid else 'in training'}, but whole"}
     if left_out:
         recipe["left_out"] = count_of(left_out)
     found = PictureSet(str(path), recipe, len(files))
+    parts = [os.path.relpath(file, path).split(os.sep) for file in files]
+    if all(len(names) > 1 for names in parts):
+        found.classes.update(same_letters(names[0]) for names in parts)
 
     def read(i):
         with open_picture(files[i]) as picture:
@@ -348,24 +373,28 @@ def open_folder(path, as_pytorch_fid=False):
     return found
 
 
+@np.errstate(all="ignore")                                    # what overflows is refused
 def open_npz(path):
     """An npz of pictures or statistics. UserError: of neither, or damaged."""
     try:
         with zipfile.ZipFile(path) as file:
             size, memory = sum(info.file_size for info in file.infolist()), physical_memory()
         if size > memory:
-            raise ValueError(f"it takes {size / 1e9:,.1f} GB of memory, and here are "
-                             f"{memory / 1e9:,.1f}")
+            raise ValueError(f"it takes {size_text(size)} of memory, and here are "
+                             f"{size_text(memory)}")
         with np.load(path) as file:
-            wanted = {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "recipe"}
+            wanted = {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "classes", "recipe"}
             arrays = {key: np.asarray(file[key])              # whole: the zip's sums are checked
                       for key in wanted.intersection(file.files)}
             if not arrays.keys() & {"arr_0", "mu"}:
-                raise ValueError("it has neither arr_0 (pictures) nor mu and sigma (statistics), "
-                                 f"but {sorted(file.files)}")
+                raise ValueError("it has neither arr_0 (pictures) nor mu and sigma (statistics): "
+                                 "unpack it, if it is an archive, and give the folder")
         found = PictureSet(str(path), {"npz": str(path)})
         if "recipe" in arrays:
             found.recipe |= read_recipe(str(arrays["recipe"]))
+            of = found.recipe["made_by"].get("pictures")
+            n = of.get("n") if isinstance(of, dict) else None
+            found.n = n if type(n) is int else 0              # of statistics
         for space, end in STATISTICS.items():
             if f"mu{end}" in arrays:
                 found.statistics[space] = read_statistics(arrays, end, found)
@@ -384,14 +413,38 @@ def open_npz(path):
             found.n, height, width, _ = pictures.shape
             found.load = lambda indices: torch.from_numpy(    # (b, H, W, 3) -> (b, 3, H, W)
                 pictures[list(indices)]).permute(0, 3, 1, 2)
-            found.recipe |= {"n": found.n, "size": [height, width]}
+            found.recipe["n"], found.sizes[height, width] = found.n, found.n
         if len(arrays.get("labels", ())):
-            counts = np.unique(arrays["labels"], return_counts=True)[1]
+            labels, counts = np.unique(arrays["labels"], return_counts=True)
             found.recipe |= {"classes": len(counts),
                              "pictures_a_class": f"{counts.min()} to {counts.max()}"}
+            names = arrays.get("classes", np.zeros(0))
+            if names.dtype.kind == "U" and labels.dtype.kind in "iu" and labels[-1] < len(names):
+                found.classes.update({same_letters(names[label]): int(count)
+                                      for label, count in zip(labels, counts)})
         return found
     except Exception as error:                                # a file may hold anything
         raise UserError(f"{path} cannot be read as an npz ({one_line(error)})") from error
+
+
+def compare(A, B):
+    """Notes, and sizes in the recipes, of what a distance measures beside the pictures' looks."""
+    for s in {id(s): s for s in (A, B) if s.sizes}.values():
+        least, most = (f"{W} x {H}" for H, W in (min(s.sizes), max(s.sizes)))
+        s.recipe["sizes"] = least if len(s.sizes) == 1 else f"{least} to {most}"
+        if flat := sum(n for (H, W), n in s.sizes.items() if H != W):
+            s.notes.append(f"{s.path}: {flat:,} of {s.n:,} pictures are not square: the whole ones "
+                           "are squashed, where training crops the middle")
+    if A.sizes and B.sizes and A.sizes.keys() != B.sizes.keys():
+        A.notes.append(f"{A.path} has pictures of {A.recipe['sizes']}, {B.path} of "
+                       f"{B.recipe['sizes']} pixels: the distance measures that, too")
+    if A.classes and A.classes.keys() == B.classes.keys():
+        a, b = ({name: n / s.classes.total() for name, n in s.classes.items()} for s in (A, B))
+        if sum(abs(a[name] - b[name]) for name in a) > 0.1:
+            name = max(a, key=lambda name: abs(a[name] - b[name]))
+            A.notes.append(f"{A.path} and {B.path} have classes in other shares ({name} "
+                           f"{a[name]:.0%} and {b[name]:.0%}): the distance measures that, too; "
+                           "sample.py --balance data draws those of the data")
 
 
 def read_recipe(text):
@@ -427,7 +480,7 @@ def kept_statistics(s, cache):
     try:
         kept = open_npz(cache).statistics if cache.exists() else None
     except UserError as error:
-        say(f"{error}: the statistics are made again")
+        note(f"{error}: the statistics are made again")
     if kept := from_first(kept):
         s.statistics, s.recipe["statistics_from"] = kept, str(cache)
     return kept
@@ -444,9 +497,10 @@ def save_statistics(path, pictures, made_with):
 
 @contextlib.contextmanager
 def naming(*sets):
-    """What a distance cannot be made of is an error that names the sets."""
+    """What a distance cannot be made of is an error that names the sets; numpy says nothing."""
     try:
-        yield
+        with np.errstate(all="ignore"):
+            yield
     except ValueError as error:
         raise UserError(f"{' and '.join(s.path for s in sets)}: {error}") from error
 
@@ -454,22 +508,46 @@ def naming(*sets):
 # ---- Pictures that were drawn: a grid, a folder, an npz ------------------------------------------
 
 GRIDS = (".png", ".jpg", ".jpeg")
+MARK = "sphere-latent-encoder"                                # in a picture: it was made here
+
+
+def save_picture(picture, file, kind="png"):
+    mark = PngInfo()
+    mark.add_text("Software", MARK)
+    picture.save(file, kind, pnginfo=mark, comment=MARK, quality=95)      # of JPEG: the last two
+
+
+def refuse_files_of_others(paths):
+    """UserError: one is there, and was not made here."""
+    for path in paths:
+        made_here = not path.exists()
+        with contextlib.suppress(Exception):                  # it may be anything
+            if path.suffix.lower() == ".npz":
+                with np.load(path) as file:
+                    made_here = "checkpoint" in json.loads(str(file["recipe"]))
+            else:
+                with open_picture(path) as picture:
+                    marks = picture.info.get("Software"), picture.info.get("comment")
+                    made_here = MARK in marks or MARK.encode() in marks
+        if not made_here:
+            raise UserError(f"--out: {path} is there and was not made by this: name another")
 
 
 def check_room(out, shape, name):
     """Returns the files' names, if `out` is a folder. UserError: no room, another run's files."""
     size, free = math.prod(shape), free_bytes(out.parent)
     if free < size:
-        raise UserError(f"{out} needs {size / 1e9:,.1f} GB, but {free / 1e9:.1f} GB are free there")
-    out.parent.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{out} needs {size_text(size)}, but {size_text(free)} are free there")
+    make_folder(out.parent)
     if out.suffix.lower() in (".npz", *GRIDS) and not (name or "").endswith("/"):
-        return None
+        return refuse_files_of_others([out] if name else [])
     names = [[f"{i:06d}{f'-step{frame + 1}' * (shape[0] > 1)}.png" for i in range(shape[1])]
              for frame in range(shape[0])]
     others = {file.name for file in out.glob("[!.]*") if file.suffix.lower() in ENDINGS}
     if others := others.difference(*names):
         raise UserError(f"{out} holds {len(others)} other pictures, {min(others)} first, which "
                         "would be scored with the new ones: give a new folder")
+    refuse_files_of_others(out / file for frame in names for file in frame)
     return names
 
 
@@ -483,7 +561,7 @@ def write_pictures(out, pictures, shape, labels, classes, columns, recipe, names
             for frame, row in zip(names, some):
                 for name, picture in zip(frame[start:], row):
                     with write_whole(out / name) as part:
-                        Image.fromarray(picture.transpose(1, 2, 0)).save(part, "png")
+                        save_picture(Image.fromarray(picture.transpose(1, 2, 0)), part)
             start += some.shape[1]
     elif out.suffix.lower() == ".npz":
         with write_whole(out) as part, zipfile.ZipFile(part, "w") as file:
@@ -502,8 +580,8 @@ def write_pictures(out, pictures, shape, labels, classes, columns, recipe, names
         captions = [classes[label] for label in labels] * frames
         images = torch.from_numpy(np.concatenate(list(pictures), axis=1)).flatten(0, 1)
         with write_whole(out) as part:
-            kind = "png" if out.suffix.lower() == ".png" else "jpeg"
-            picture_grid(images, columns, captions).save(part, kind, quality=95)
+            save_picture(picture_grid(images, columns, captions), part,
+                         "png" if out.suffix.lower() == ".png" else "jpeg")
 
 
 def picture_grid(images, columns, captions):

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -32,26 +33,32 @@ DISK_REFUSES = [getattr(errno, name, None) for name in (
     "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG ENAMETOOLONG ELOOP EIO".split())]
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
 store = None                                                  # which all processes see
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2")
+         if hasattr(signal, name)]
+SAVES = getattr(signal, "SIGUSR1", None)                      # a run saves and goes on
 
 
 def user_errors(main):
     """Decorator of every main(argv=None): an expected error is one line and a non-zero exit.
 
     A UserError whose text begins with a flag is about the command line: 2. Other UserErrors, a disk
-    that refuses, no memory: 1. Ctrl-C: 130, SIGTERM: 143. Of many processes the first one speaks,
-    as the others' errors follow from it.
+    that refuses, no memory: 1. Ctrl-C: 130, SIGTERM: 143, other signals alike. Of many processes
+    the first one speaks, as the others' errors follow from it.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
         received = []
 
         def stop(signum, frame):
-            received.append(signum)
-            raise KeyboardInterrupt
+            if signum != SAVES:                               # there is nothing to save
+                received.append(signum)
+                raise KeyboardInterrupt
 
-        for stream in (sys.stdout, sys.stderr):               # any terminal shows any name
-            with contextlib.suppress(AttributeError):
-                stream.reconfigure(errors="backslashreplace")
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:                    # closed by who started it: >&-
+                setattr(sys, name, open(os.devnull, "w"))
+            with contextlib.suppress(AttributeError):         # any terminal shows any name
+                getattr(sys, name).reconfigure(errors="backslashreplace")
         try:
             with on_signals(stop):
                 result = main(argv)
@@ -98,10 +105,19 @@ def explain(error, signals=()):
 
 @contextlib.contextmanager
 def on_signals(handler):
-    """Ctrl-C and SIGTERM call handler(signum, frame)."""
+    """Ctrl-C and other signals that ask to stop or to save call handler(signum, frame)."""
+    def receive(signum, frame):
+        if signum == getattr(signal, "SIGHUP", None):         # the terminal is gone: writing fails
+            for number in (1, 2):
+                with contextlib.suppress(OSError):
+                    if stat.S_ISCHR(os.fstat(number).st_mode):
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        handler(signum, frame)
+
     main_thread = threading.current_thread() is threading.main_thread()
-    before = {signum: signal.signal(signum, handler)
-              for signum in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    before = {signum: signal.signal(signum, receive) for signum in {*STOPS, SAVES} - {None}
+              if main_thread and (signum == signal.SIGINT or                # nohup ignores one
+                                  signal.getsignal(signum) != signal.SIG_IGN)}
     try:
         yield
     finally:
@@ -110,28 +126,32 @@ def on_signals(handler):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM ends a run after this step; where there are several processes after the
-    next that is logged, as there they wait for each other."""
+    """A signal ends a run, or has it saved, after this step. Several processes ask each other every
+    five seconds, or after each step that takes longer: torchrun kills 30 s after it has asked."""
 
-    def __init__(self, log_every):
-        self.log_every, self.received = log_every, []
+    def __init__(self, step, alone=False):
+        self.among_others = dist.is_initialized() and not alone
+        self.received, self.asked, self.next, self.clock = [], step, step + 1, time.perf_counter()
 
     def receive(self, signum, frame):
-        if signum in self.received:                           # asked twice: at once
+        if signum in self.received and signum != SAVES:       # asked twice: at once
             raise KeyboardInterrupt
         self.received.append(signum)
 
     def after(self, step):
-        """Returns the signal that ends the run now, or 0."""
-        if store is None:
-            return self.received[0] if self.received else 0
-        if self.received:
-            at = (step // self.log_every + 1) * self.log_every
-            store.compare_set("stop", "", f"{at} {int(self.received[0])}")
-        if not store.check(["stop"]):
-            return 0
-        at, signum = map(int, store.get("stop").split())
-        return signum if step >= at else 0
+        """Returns the signal that ends the run now, SAVES, or 0; the same in all processes."""
+        mine = signals = list(self.received)
+        if self.among_others:
+            if step < self.next:
+                return 0
+            now, found = time.perf_counter(), [None] * dist.get_world_size()
+            dist.all_gather_object(found, (mine, (now - self.clock) / (step - self.asked)))
+            ahead = int(5 / max(seconds for _, seconds in found))         # steps
+            self.asked, self.next, self.clock = step, step + max(1, ahead), now
+            signals = [signum for of_one, _ in found for signum in of_one]
+        for _ in range(mine.count(SAVES)):
+            self.received.remove(SAVES)
+        return next((signum for signum in signals if signum != SAVES), SAVES if signals else 0)
 
 
 def first_to_fail():
@@ -203,10 +223,15 @@ def torchrun_environment():
                         f"{' '.join(given)}, or start with torchrun") from None
 
 
-def say(*words):
+def say(*words, **more):
     """print, in one process of all."""
     if not (dist.is_initialized() and dist.get_rank()):
-        print(*words, flush=True)
+        print(*words, flush=True, **more)
+
+
+def note(text):
+    """What is no result: to stderr, as stdout may be read by a program."""
+    say(f"note: {text}", file=sys.stderr)
 
 
 def barrier():
@@ -275,8 +300,8 @@ def compiled(network, dtype, *inputs, **more):
         predicted.float().mean().backward()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
     except Exception as error:                                # compilers fail in many ways
-        say(f"note: not compiled, and slower for it ({one_line(error)}); --no-compile does without "
-            "trying")
+        note(f"not compiled, and slower for it ({one_line(error)}); --no-compile does without "
+             "trying")
         found = network
     network.zero_grad(set_to_none=True)
     return found
@@ -291,7 +316,9 @@ def peak_memory_gb(device):
     """Of the GPU, or of the process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource                                           # not on Windows
+    if not find_spec("resource"):                             # Windows
+        return None
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024            # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -215,11 +215,11 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
     ckpt = ["--ckpt", str(whole / "out" / "run" / "ckpt.pt"), "--device", "cpu"]
     sample.main([*ckpt, "--steps", "2"])
     rae_script.main(["reconstruct", *ckpt, "--out", str(tmp_path), str(photos / "left" / "0.png")])
-    assert Image.open(tmp_path / "0.png").size == (128, 64)
+    assert Image.open(tmp_path / "0.reconstructed.png").size == (128, 64)
     state = torch.load(saved, weights_only=True)
     torch.save({**state, "manifest": {**state["manifest"], "encoder": "another"}}, saved)
     train.main(arguments(killed, "--decoder-steps", "20", "--out-dir", str(killed / "other")))
-    assert "cannot be used (other settings than its name says" in capsys.readouterr().out
+    assert "cannot be used (other settings than its name says" in capsys.readouterr().err
     again = torch.load(killed / "other" / "ckpt.pt", weights_only=True)["rae"]["state"]
     assert all(torch.equal(a[key], again[key]) for key in a)
 
@@ -232,7 +232,7 @@ def test_encode_is_deterministic(photos, tmp_path, capsys):
         (tmp_path / child / "photos").mkdir(parents=True)
         (tmp_path / child / "photos" / "all").symlink_to(photos)
         train.main([*arguments(tmp_path / child), "--encode-only"])
-        assert "photos has one class: there is nothing that guidance (--cfg) could tell apart" in capsys.readouterr().out
+        assert "photos has one class: there is nothing that guidance (--cfg) could tell apart" in capsys.readouterr().err
         file, = (tmp_path / child / "datasets" / "latents").glob("*/*.f16")
         caches.append(np.fromfile(file, np.float16).reshape(60, 2, 64, 8, 8))
     a, b = caches
@@ -253,4 +253,4 @@ def test_bad_input(tmp_path, capsys):
     assert len(monkey.labels) == 30
     for i in range(30):
         Image.new("RGB", (40, 12)).save(tmp_path / "photos" / "left" / f"more{i}.png")
-    fails("is 40 x 12, smaller than")
+    fails("has a side of 12 pixels, smaller than")

@@ -15,7 +15,7 @@ import fid
 import rae
 import sample
 import train
-from conftest import ROOT, make_photos, train_args
+from conftest import ROOT, fit_rae, make_photos, train_args
 from data import InMemory
 from fid import frechet_of_features
 from laptop import lite0, report, toy
@@ -42,9 +42,9 @@ def fail(main, argv, capsys):
     """Runs a command that has to fail -> exit status, the one line that it says."""
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv] + ["--device", "cpu"])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    return stop.value.code, error
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1, lines
+    return stop.value.code, lines[0]
 
 
 def result(main, argv, capsys):
@@ -68,7 +68,7 @@ def test_diversity_closed_form():
 
 def test_shares_are_balanced_and_in_order():
     labels = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)
-    assert report.shares(labels, 4).tolist() == [0, 1, 6, 9]
+    assert report.shares(labels, 4).tolist() == [0, 1, 6, 7, 9, 10]           # two at least
     assert report.shares(labels, 100).tolist() == list(range(12))
     assert report.shares(torch.arange(40) % 4, 8).tolist() == list(range(8))
     assert report.shares(torch.arange(4), 2).tolist() == [0, 1, 2, 3]         # each class has one
@@ -229,13 +229,18 @@ def test_lite0_from_the_command(random_lite0, tmp_path, capsys):
     assert status == 2 and "--features have numbers of their own" in error
 
 
+def kept(run):
+    return json.loads((run / "quality.json").read_text())
+
+
 def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
     held_out = make_photos(tmp_path / "held-out", each=4, size=(50, 44))
     checkpoint = torch.load(trained / "ckpt.pt")
     torch.save(checkpoint, tmp_path / "ckpt.pt")                    # what others use stays as it is
     argv = [tmp_path / "ckpt.pt", held_out, "--features", "lite0"]
     table = result(report.main, argv, capsys)
-    assert len(table) == 8 and table == json.loads((tmp_path / "quality.json").read_text())
+    assert len(table) == 8 and table == kept(tmp_path)["rows"] and kept(tmp_path)["step"] == 4
+    assert kept(tmp_path)["held-out pictures"]["n"] == 12
     floor = table[0]["frechet_lite0"]
     assert floor > 0 and table[2]["diversity"] == 0 < table[0]["diversity"]
     monkeypatch.setattr(rae.RAE, "decode", lambda self, z: torch.rand(len(z), 3, 32, 32))
@@ -278,13 +283,48 @@ def test_report_of_a_run(random_lite0, trained, tmp_path, monkeypatch, capsys):
     assert status == 1 and "photos are not those of the run" in error
 
 
+def test_a_report_of_many_classes_has_as_many_pictures_as_were_asked(tmp_path, monkeypatch, capsys):
+    """60 classes of 2, of which 20 are drawn: the training pictures are then of these, too."""
+    images = torch.randint(0, 256, (120, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset = InMemory(images, torch.arange(120) // 2, [f"c{i:02}" for i in range(60)])
+    monkeypatch.setitem(fid.NETWORKS, "means", lambda *args: {"means": lambda x: x.double().mean((2, 3))})
+    drawn = []
+
+    def sampler(indices, labels, steps):
+        drawn.append(labels.tolist())
+        return images[:len(labels)]
+
+    table = report.quality_report(dataset, None, fit_rae("pixels", images), sampler, "means", 20)
+    assert drawn == [sorted(set(drawn[0]))] * 4 and len(drawn[0]) == 20
+    assert "note: 20 pictures a row are of 20 of the 60 classes" in capsys.readouterr().err
+    assert all(np.isfinite(row["frechet_means"]) for row in table) and table[0]["diversity"] is None
+
+
+def test_a_run_that_cannot_be_written_or_whose_pictures_are_elsewhere(
+        random_lite0, trained, tmp_path, monkeypatch, capsys):
+    """The table is printed before it is kept."""
+    argv = ["--features", "lite0", "--data-dir", str(tmp_path / "datasets"), "--device", "cpu"]
+    shutil.copy(trained / "ckpt.pt", tmp_path / "ckpt.pt")
+    (tmp_path / "quality.json").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path / "ckpt.pt"), *argv])
+    found = capsys.readouterr()
+    assert stop.value.code == 1 and "| 4 steps" in found.out and "cannot write" in found.err.splitlines()[-1]
+    checkpoint = torch.load(trained / "ckpt.pt")
+    checkpoint["args"]["dataset"] = "photos"
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    status, error = fail(report.main, [tmp_path / "ckpt.pt", *argv[:4]], capsys)
+    assert status == 1 and "the run, its --dataset photos, are not found from" in error
+
+
 def test_the_report_ends_a_run(photos, tmp_path, monkeypatch, capsys):
     """By the features of the run's autoencoder; report.py makes the same again from the checkpoint."""
     # 60 steps in place of 450
     monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 60, 64))
     train.main(train_args(tmp_path, "--steps", "2", "--report", "20"))
     out, run = capsys.readouterr().out, tmp_path / "out" / "run"
-    table = json.loads((run / "quality.json").read_text())
+    table = kept(run)["rows"]
     assert [row["pictures"] for row in table] == [
         "training (the floor)", "training, reconstructed", "class-mean latent",
         "per-class Gaussian of latents",
@@ -295,12 +335,12 @@ def test_the_report_ends_a_run(photos, tmp_path, monkeypatch, capsys):
     report.main([str(run / "ckpt.pt"), "--data-dir", str(tmp_path / "datasets"), "--device", "cpu",
               "--json"])
     again = json.loads(capsys.readouterr().out)
-    assert again == json.loads((run / "quality.json").read_text())
+    assert again == kept(run)["rows"] and "stand in" in kept(run)["held-out pictures"]
     report.main([str(run / "ckpt.pt"), "--data-dir", str(tmp_path / "datasets"), "--device", "cpu",
               "--json", "--steps", "2", "3", "--cfg", "1"])
     other = json.loads(capsys.readouterr().out)
     assert [row["pictures"] for row in other[4:]] == ["2 steps", "3 steps"] and other[4] != again[5]
-    assert other[:4] == again[:4] == json.loads((run / "quality.json").read_text())[:4]
+    assert other[:4] == again[:4] == kept(run)["rows"][:4]
     for a, b in zip(again, table):
         assert a == {key: value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
                      for key, value in b.items()}

@@ -128,7 +128,7 @@ def test_a_folder_with_the_name_of_a_data_set(tmp_path, monkeypatch, capsys):
     (tmp_path / "toy" / "rose").mkdir(parents=True)
     to_save = ToyFlowers(16).load([0])[0].permute(1, 2, 0).numpy()
     __import__("PIL.Image").Image.fromarray(to_save).save(tmp_path / "toy" / "rose" / "0.png")
-    assert load_dataset("toy", 60).name == "toy" and "write ./toy" in capsys.readouterr().out
+    assert load_dataset("toy", 60).name == "toy" and "write ./toy" in capsys.readouterr().err
     assert load_dataset("./toy", 16).classes == ["rose"] and capsys.readouterr().out == ""
 
 

@@ -39,7 +39,7 @@ from laptop import lite0, toy  # laptop
 from utils.checkpoint import load_tensors
 from utils.cli import ArgumentParser, UserError, number, one_line, printable, recipe_text, words
 from utils.files import append_line, download, file_hash, from_hub, hash_of
-from utils.images import (PictureSet, compare, kept_statistics, naming, open_folder, open_npz,
+from utils.images import (PictureSet, compare, few, kept_statistics, naming, open_folder, open_npz,
                           save_statistics, to_tensor)
 from utils.processes import first_process_first, prefetch, setup, user_errors
 
@@ -271,11 +271,6 @@ class Statistics:
         return (self._scatter / (self.n - 1)).cpu().numpy()
 
 
-def few(n, dim):
-    return (f"{n:,} pictures for {dim:,} features: the covariance is singular and the distance too "
-            "large; compare it only with others of as many pictures")
-
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)); mu (d,), sigma (d, d).
 
@@ -475,9 +470,9 @@ def find_set(name, data_dir, rank, as_pytorch_fid=False):
             if not known.reference:
                 dataset = load_dataset(name, known.image_size, root=data_dir)
                 classes = Counter(dataset.classes[label] for label in dataset.labels.tolist())
+                sizes = Counter({2 * (known.image_size,): len(dataset.labels)})
                 return PictureSet(name, dict(dataset.recipe), len(dataset.labels), dataset.load,
-                                  is_dataset=True, sizes=Counter({2 * (known.image_size,): 1}),
-                                  classes=classes)
+                                  is_dataset=True, sizes=sizes, classes=classes)
             path = Path(data_dir) / Path(known.reference["url"]).name
             download(path=path, **known.reference)                        # as everybody
     if path.is_dir():
@@ -500,9 +495,6 @@ def main(argv=None):
     A, B, small = sets[0], sets[-1], args.features in NETWORKS
     metrics = args.metrics or ([] if small else ["fid", "sfid"] if args.save_stats else
                                ["fid", "is"] if A.load and A.n >= IS_PARTS else ["fid"])
-    if "is" in metrics and A.load and A.n < IS_PARTS:
-        raise UserError(f"{A.path}: {A.n} pictures do not make {IS_PARTS} parts, as the inception "
-                        "score has")
     needs = []                                                # of each set: statistics, rows
     for s in sets:
         spaces = [FRECHET[m] for m in metrics if m in FRECHET and FRECHET[m] not in s.statistics]
@@ -531,9 +523,8 @@ def main(argv=None):
         if spaces or keep:
             sums, found = measure(s, extractors, spaces, keep, args.batch_size, rank, world, device)
         rows.append(found)
-        dims = [64] if small else [len(mu) for space, (mu, _) in s.statistics.items()
-                                   if space in [FRECHET.get(m) for m in metrics]]
-        s.notes += [f"{s.path}: {few(s.n, dim)}" for dim in dims if 0 < s.n <= dim - (not small)]
+        if small and s.n <= 64:                               # components
+            s.notes.append(f"{s.path}: {few(s.n, 64)}")
         with warnings.catch_warnings(record=True) as caught, naming(s):
             warnings.simplefilter("always")
             s.statistics |= {space: (of.mean, of.cov) for space, of in sums.items()}

@@ -140,9 +140,8 @@ def keyed_noise(seed, indices, shape, same, steps):
 def shares_of(counts, indices):
     """Labels (n,) of pictures number `indices`, as often as counts (classes,) say, however many
     there are: multiples of the golden ratio, modulo 1, fill the unit interval evenly."""
-    ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
-    place = (indices.double() * (5 ** 0.5 - 1) / 2 + 0.5).frac()
-    return torch.searchsorted(ends / ends[-1], place, right=True)
+    place = (indices.double() * (5 ** 0.5 - 1) / 2 + 0.5) % 1
+    return torch.searchsorted(torch.tensor(counts).cumsum(0), place * sum(counts), right=True)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -215,14 +214,15 @@ def main(argv=None):
     if args.sigmas:
         del settings["gamma"]
     wanted = class_numbers(args.classes, classes) if args.classes else list(range(len(classes)))
-    if args.balance == "data" and not checkpoint["counts"]:
-        raise UserError(f"--balance data: {path} is older and does not say how many pictures of "
-                        "each class there were: resume its training for a step")
-    counts = args.balance == "data" and [checkpoint["counts"][label] for label in wanted]
+    counts = checkpoint.get("counts") or []                   # older ones do not have them
+    if args.balance == "data" and len(counts) != len(classes):
+        raise UserError(f"--balance data: {path} does not say how many pictures of each class "
+                        "there were: resume its training for a step")
+    shares = args.balance == "data" and [counts[label] for label in wanted]
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
               **settings, "seed": args.seed,
               "classes": [classes[label] for label in wanted] if args.classes else "all",
-              "balance": "as the data" if counts else "label = index mod classes"}
+              "balance": "as the data" if shares else "label = index mod classes"}
     if args.sigmas:
         settings["sigma"] = lambda t, T: args.sigmas[t - 1]
     num = args.num or (min(len(wanted), 10) if args.trajectory else
@@ -235,7 +235,7 @@ def main(argv=None):
     shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
     names = check_room(out, shape, args.out)
     started, indices = time.perf_counter(), torch.arange(num)
-    labels = torch.tensor(wanted)[shares_of(counts, indices) if counts else indices % len(wanted)]
+    labels = torch.tensor(wanted)[shares_of(shares, indices) if shares else indices % len(wanted)]
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size)))
     drawn = draw_batches(denoiser, rae, batches[rank::world], args.seed, steps, len(classes),
                          args.trajectory, **settings)

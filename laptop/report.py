@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DATASETS, load_dataset
-from fid import NETWORKS, few, frechet_of_features, principal_components
+from fid import NETWORKS, frechet_of_features, principal_components
 from rae import AUTOENCODERS, load_rae, picture_sides
 from sample import draw, load_denoiser, load_run, sampling_settings
 from utils.cli import ArgumentParser, UserError, number, table_text
 from utils.files import write_json
-from utils.images import resize, to_float, to_uint8
+from utils.images import few, resize, to_float, to_uint8
 from utils.processes import note, setup, user_errors
 
 
@@ -224,8 +224,7 @@ def end_of_run(out, run, dataset, rae, sampler, step):
 def keep(out, table, run, step, test_set):
     """quality.json: the rows, the step and the pictures that they are of."""
     against = test_set.recipe if test_set else "none: training pictures stand in for held-out ones"
-    write_json(out / "quality.json", {"step": step, "guidance": run["cfg"],
-                                      "training pictures": run["pictures"],
+    write_json(out / "quality.json", {"step": step, "training pictures": run["pictures"],
                                       "held-out pictures": against, "rows": table})
 
 

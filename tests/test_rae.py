@@ -68,7 +68,7 @@ def test_a_second_run_waits_for_the_first(setting, capsys):
         thread = threading.Thread(target=LatentCache, args=(dataset, rae, root))
         thread.start()
         deadline = time.time() + 20
-        while time.time() < deadline and "waiting for its end" not in capsys.readouterr().out:
+        while time.time() < deadline and "waiting for its end" not in capsys.readouterr().err:
             time.sleep(0.02)
         assert thread.is_alive() and not list(folder.glob("*.f16"))
     thread.join()

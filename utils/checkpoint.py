@@ -60,10 +60,6 @@ def load_checkpoint(path, check=lambda checkpoint: None):
                 raise ValueError(f"{key!r} is missing, or of another type")
         if not checkpoint["classes"] or not all(isinstance(c, str) for c in checkpoint["classes"]):
             raise ValueError("classes are no names")
-        counts = checkpoint.setdefault("counts", [])          # older ones do not have them
-        if counts and ([type(n) for n in counts] != [int] * len(checkpoint["classes"])
-                       or min(counts) < 1):
-            raise ValueError("counts are not those of pictures in its classes")
         if checkpoint["step"] < 0:
             raise ValueError(f"step {checkpoint['step']}")
         if name := first_not_finite(checkpoint):

@@ -353,9 +353,9 @@ def open_folder(path, as_pytorch_fid=False):
     if left_out:
         recipe["left_out"] = count_of(left_out)
     found = PictureSet(str(path), recipe, len(files))
-    parts = [os.path.relpath(file, path).split(os.sep) for file in files]
-    if all(len(names) > 1 for names in parts):
-        found.classes.update(same_letters(names[0]) for names in parts)
+    folders = [os.path.relpath(file, path).split(os.sep)[:-1] for file in files]
+    if all(folders):
+        found.classes.update(same_letters(names[0]) for names in folders)
 
     def read(i):
         with open_picture(files[i]) as picture:
@@ -392,12 +392,13 @@ def open_npz(path):
         found = PictureSet(str(path), {"npz": str(path)})
         if "recipe" in arrays:
             found.recipe |= read_recipe(str(arrays["recipe"]))
-            of = found.recipe["made_by"].get("pictures")
-            n = of.get("n") if isinstance(of, dict) else None
-            found.n = n if type(n) is int else 0              # of statistics
+            with contextlib.suppress(LookupError, TypeError):  # of statistics
+                found.n = found.recipe["made_by"]["pictures"]["n"]
         for space, end in STATISTICS.items():
             if f"mu{end}" in arrays:
-                found.statistics[space] = read_statistics(arrays, end, found)
+                found.statistics[space] = mu, _ = read_statistics(arrays, end, found)
+                if 0 < found.n < len(mu):
+                    found.notes.append(f"{path}: {few(found.n, len(mu))}")
         features = found.recipe.get("made_by", {}).get("features")
         if found.statistics and isinstance(features, dict):
             found.made_with = {key: str(features[key]) for key in ("pipeline", "weights_sha256")
@@ -415,36 +416,40 @@ def open_npz(path):
                 pictures[list(indices)]).permute(0, 3, 1, 2)
             found.recipe["n"], found.sizes[height, width] = found.n, found.n
         if len(arrays.get("labels", ())):
-            labels, counts = np.unique(arrays["labels"], return_counts=True)
+            counts = np.unique(arrays["labels"], return_counts=True)[1]
             found.recipe |= {"classes": len(counts),
                              "pictures_a_class": f"{counts.min()} to {counts.max()}"}
-            names = arrays.get("classes", np.zeros(0))
-            if names.dtype.kind == "U" and labels.dtype.kind in "iu" and labels[-1] < len(names):
-                found.classes.update({same_letters(names[label]): int(count)
-                                      for label, count in zip(labels, counts)})
+            with contextlib.suppress(LookupError, TypeError):  # sample.py's
+                names = arrays["classes"][arrays["labels"]]
+                found.classes.update(map(same_letters, names.tolist()))
         return found
     except Exception as error:                                # a file may hold anything
         raise UserError(f"{path} cannot be read as an npz ({one_line(error)})") from error
 
 
 def compare(A, B):
-    """Notes, and sizes in the recipes, of what a distance measures beside the pictures' looks."""
-    for s in {id(s): s for s in (A, B) if s.sizes}.values():
-        least, most = (f"{W} x {H}" for H, W in (min(s.sizes), max(s.sizes)))
-        s.recipe["sizes"] = least if len(s.sizes) == 1 else f"{least} to {most}"
-        if flat := sum(n for (H, W), n in s.sizes.items() if H != W):
-            s.notes.append(f"{s.path}: {flat:,} of {s.n:,} pictures are not square: the whole ones "
-                           "are squashed, where training crops the middle")
-    if A.sizes and B.sizes and A.sizes.keys() != B.sizes.keys():
-        A.notes.append(f"{A.path} has pictures of {A.recipe['sizes']}, {B.path} of "
-                       f"{B.recipe['sizes']} pixels: the distance measures that, too")
+    """Sizes for the recipes, and notes of what a distance measures beside the pictures' looks."""
+    for s in (A, B):
+        s.recipe["sizes"] = ", ".join(f"{n:,} of {W} x {H}"
+                                      for (H, W), n in s.sizes.most_common(3)) or "unknown"
+    sizes = A.sizes.keys() | B.sizes.keys()
+    if len(sizes) > 1 and A.sizes and B.sizes or any(H != W for H, W in sizes):
+        A.notes.append(f"{A.path} has pictures of other sizes than {B.path}, or some that are not "
+                       f"square ({A.recipe['sizes']}; {B.recipe['sizes']}): the distance measures "
+                       "that, too, as they are read whole, where training crops the middle")
     if A.classes and A.classes.keys() == B.classes.keys():
-        a, b = ({name: n / s.classes.total() for name, n in s.classes.items()} for s in (A, B))
-        if sum(abs(a[name] - b[name]) for name in a) > 0.1:
-            name = max(a, key=lambda name: abs(a[name] - b[name]))
-            A.notes.append(f"{A.path} and {B.path} have classes in other shares ({name} "
-                           f"{a[name]:.0%} and {b[name]:.0%}): the distance measures that, too; "
-                           "sample.py --balance data draws those of the data")
+        a, b = (np.array([s.classes[name] for name in A.classes]) / s.classes.total()
+                for s in (A, B))
+        if abs(a - b).max() > 0.05:
+            i = abs(a - b).argmax()
+            A.notes.append(f"{A.path} and {B.path} have classes in other shares "
+                           f"({list(A.classes)[i]} {a[i]:.0%} and {b[i]:.0%}): the distance "
+                           "measures that, too; sample.py --balance data draws the data's")
+
+
+def few(n, dim):
+    return (f"{n:,} pictures for {dim:,} features: the covariance is singular and the distance too "
+            "large; compare it only with others of as many pictures")
 
 
 def read_recipe(text):
@@ -524,11 +529,10 @@ def refuse_files_of_others(paths):
         with contextlib.suppress(Exception):                  # it may be anything
             if path.suffix.lower() == ".npz":
                 with np.load(path) as file:
-                    made_here = "checkpoint" in json.loads(str(file["recipe"]))
+                    made_here = '"checkpoint":' in str(file["recipe"])
             else:
                 with open_picture(path) as picture:
-                    marks = picture.info.get("Software"), picture.info.get("comment")
-                    made_here = MARK in marks or MARK.encode() in marks
+                    made_here = MARK in str(picture.info)
         if not made_here:
             raise UserError(f"--out: {path} is there and was not made by this: name another")
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 FLOORS = [{"utils", "utils.cli"}, {"utils.processes"}, {"utils.files"}, {"utils.images", "utils.checkpoint"},
           {"sphere", "model"}, {"baselines", "laptop.toy"}, {"data", "laptop.lite0"}, {"rae"}, {"settings"},
-          {"sample", "fid"}, {"laptop.report"}, {"train"}, {"flops"}]
+          {"sample", "fid"}, {"laptop.report"}, {"train"}, {"flops", "explore"}]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
          for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("laptop/*.py")]}

@@ -516,10 +516,10 @@ GRIDS = (".png", ".jpg", ".jpeg")
 MARK = "sphere-latent-encoder"                                # in a picture: it was made here
 
 
-def save_picture(picture, file, kind="png"):
+def save_picture(picture, file, kind="png", **more):
     mark = PngInfo()
     mark.add_text("Software", MARK)
-    picture.save(file, kind, pnginfo=mark, comment=MARK, quality=95)      # of JPEG: the last two
+    picture.save(file, kind, pnginfo=mark, comment=MARK, quality=95, **more)
 
 
 def refuse_files_of_others(paths):

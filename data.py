@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from laptop import toy  # laptop
-from utils.cli import UserError, one_line, printable, same_letters
+from utils.cli import UserError, one_line, printable
 from utils.files import download, unpack
 from utils.images import (contents, count_of, is_hidden, labels_of_json, picture_files,
                           read_picture, refuse_what_are_no_classes, to_tensor)
@@ -68,8 +68,8 @@ def describe(dataset):
     if twice := len(sums) - len(set(sums)):
         of_both = Counter(of_file for of_file, _ in set(zip(sums, dataset.labels.tolist())))
         several = sum(n > 1 for n in of_both.values())
-        text += f"; {twice:,} pictures are there twice" + f", {several:,} in two classes" * (
-            several > 0)
+        text += f"; {twice:,} pictures are copies of others" + (
+            f", {several:,} stand in several classes" * (several > 0))
     if sides:
         text += (f"; {len(sides):,} are enlarged, from sides of {min(sides)} to {max(sides)} to "
                  f"{dataset.image_size} pixels")
@@ -190,19 +190,15 @@ def class_folders(folder):
     loose = [file for file in files if os.sep not in file]
     left_out += Counter({"pictures in no class folder": len(loose)} if loose else {})
     files = [file for file in files if os.sep in file]
-    folders = sorted((d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name)),
-                     key=same_letters)
-    label_of = {name: label for label, name in enumerate(folders)}
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name))
+    label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of[file.split(os.sep)[0]] for file in files]
-    counts, classes = Counter(labels), [same_letters(name) for name in folders]
+    counts = Counter(labels)
     if not classes:
         raise UserError(f"{folder} has no class folders: put the pictures into {folder}/CLASS/ "
                         "(one class is enough)")
-    if len(set(classes)) < len(classes):
-        raise UserError(f"{folder} has two folders {max(classes, key=classes.count)}, of other "
-                        "bytes but the same letters: make them one")
-    refuse_what_are_no_classes(folder, folders, files)
-    for label, name in enumerate(folders):
+    refuse_what_are_no_classes(folder, classes, files)
+    for label, name in enumerate(classes):
         if not counts[label]:
             there = count_of(picture_files(folder / name)[1]) or "nothing at all"
             raise UserError(f"{folder / name} has no pictures of a format that is read here "

@@ -249,7 +249,7 @@ def main(argv=None):
         write_pictures(out, pictures, shape, labels, classes, len(wanted), recipe, names)
     seconds, names = time.perf_counter() - started, [printable(classes[c]) for c in wanted[:num]]
     print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
-          f"{num} pictures of {len(names)} classes in turn: "
+          f"{num} pictures of {len(names)} classes {'by their shares' if shares else 'in turn'}: "
           f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}\n"
           f"{steps} steps of {run['method']}, guidance {settings['cfg_scale']:g}: "
           f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, "

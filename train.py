@@ -33,7 +33,7 @@ from utils.checkpoint import (first_not_finite, refuse_another_run, refuse_anoth
                               save_tensors)
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
-from utils.images import picture_grid, sums_of, what_changed
+from utils.images import picture_grid, save_picture, sums_of, what_changed
 from utils.processes import (STOPS, Stop, autocast, barrier, compiled, compiles,
                              first_process_first, global_batch, keyed_generator, note, on_signals,
                              peak_memory_gb, prefetch, say, setup, summed, user_errors)
@@ -293,7 +293,8 @@ def train(args, learner, dataset, rae, latents, start, rank):
             labels = indices % len(classes)
             images = sampler(indices, labels, steps=args.sample_steps)
             with write_whole(path) as part:
-                picture_grid(images, min(len(classes), 10), [classes[y] for y in labels]).save(part)
+                save_picture(picture_grid(images, min(len(classes), 10),
+                                          [classes[y] for y in labels]), part)
 
     if rank == 0 and start < args.steps:
         write_json(out / "args.json", arguments)
@@ -310,7 +311,7 @@ def train(args, learner, dataset, rae, latents, start, rank):
                disable=rank > 0 or start >= args.steps or None)
     # Functions of a step and a dict; yours is one more, as lambda step, line: wandb.log(line, step)
     loggers = [partial(append_line, out / "log.jsonl"),
-               lambda step, line: bar.write(log_line(step, line))]
+               lambda step, line: say(log_line(step, line), write=bar.write)]
     with on_signals(stop.receive):
         for step in range(start, args.steps):
             to_log = step + 1 == args.steps or (step + 1) % args.log_every == 0
@@ -346,11 +347,13 @@ def train(args, learner, dataset, rae, latents, start, rank):
             if rank == 0:
                 grid(step)
     bar.close()
+    if signums := [signum for signum in stop.received if signum in STOPS]:
+        raise UserError("stopped after the last step; it is saved", status=128 + signums[0])
     if rank == 0:
         step = max(start, args.steps)
         path = printable(out / "ckpt.pt")
-        print(f"{path} is finished at step {step}; draw from it: python sample.py --ckpt {path}; "
-              "raise --steps to continue it")
+        say(f"{path} is finished at step {step}; draw from it: python sample.py --ckpt {path}; "
+            "raise --steps to continue it")
         report.end_of_run(out, arguments, dataset, rae, sampler, step)  # laptop
 
 

@@ -21,7 +21,7 @@ from data import DATASETS, load_dataset
 from fid import NETWORKS, frechet_of_features, principal_components
 from rae import AUTOENCODERS, load_rae, picture_sides
 from sample import draw, load_denoiser, load_run, sampling_settings
-from utils.cli import ArgumentParser, UserError, number, table_text
+from utils.cli import ArgumentParser, UserError, number, same_names, table_text
 from utils.files import write_json
 from utils.images import few, resize, to_float, to_uint8
 from utils.processes import note, setup, user_errors
@@ -94,7 +94,7 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
         raise UserError(f"there are no features called {features}: fid.NETWORKS has "
                         f"{', '.join(NETWORKS)}")
     kind, test_set = ("held-out", test_set) if test_set else ("training", train_set)
-    if test_set.classes != train_set.classes:
+    if not same_names(test_set.classes, train_set.classes):
         raise UserError(f"{test_set.name} has other classes than {train_set.name}")
     for some in (test_set, train_set):
         counts = torch.bincount(some.labels, minlength=len(train_set.classes))
@@ -209,7 +209,8 @@ def end_of_run(out, run, dataset, rae, sampler, step):
     if not run["report"]:
         return
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        if json.loads(quality.read_text())["step"] == step:
+        if (json.loads(quality.read_text())["step"] == step
+                and quality.stat().st_mtime >= (out / "ckpt.pt").stat().st_mtime):
             return
     try:
         test_set = held_out_set(dataset.recipe["dataset"], run["image_size"])
@@ -234,7 +235,7 @@ def held_out_set(dataset, image_size):
 
 
 def check_held_out(held_out, test_set, train_set, classes):
-    if test_set.classes != classes:
+    if not same_names(test_set.classes, classes):
         raise UserError(f"{held_out} has the classes {', '.join(test_set.classes)[:100]}, not "
                         f"the run's, {', '.join(classes)[:100]}")
     known = set(getattr(train_set, "sums", ()))

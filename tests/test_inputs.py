@@ -19,7 +19,8 @@ import utils.images
 from conftest import ROOT, fit_rae, train_args
 from data import describe, load_dataset
 from rae import LatentCache
-from utils.cli import UserError, class_numbers
+from utils.checkpoint import refuse_another_start
+from utils.cli import UserError, class_numbers, same_names
 from utils.files import file_hash, locked
 from utils.images import open_folder, picture_files, read_picture
 
@@ -200,7 +201,7 @@ def test_many_classes_are_described_by_their_ends(tmp_path):
     save(tmp_path / "set", {f"c{i:02}": range(1 + i % 7) for i in range(1, 13)})
     text = describe(load_dataset(str(tmp_path / "set"), 16, root=tmp_path))
     assert text == ("12 classes: c01 2, c02 3, c03 4, c04 5, c05 6, c06 7, c07 1, c08 2, c09 3, c10 4, "
-                    "...; smallest c07 1, largest c06 7; 41 pictures are there twice, 6 in two classes")
+                    "...; smallest c07 1, largest c06 7; 41 pictures are copies of others, 6 stand in several classes")
 
 
 def test_a_data_set_that_holds_itself_is_refused(tmp_path):
@@ -213,6 +214,13 @@ def test_a_data_set_that_holds_itself_is_refused(tmp_path):
     (cells / "a" / "a").mkdir()                               # its own name
     shutil.move(cells / "a" / "0.bmp", cells / "a" / "a" / "0.bmp")
     assert load_dataset(str(cells), 16, root=tmp_path).labels.tolist() == [0, 0, 1]
+    days = save(tmp_path / "days", {"01/02": [1], "01/03": [2], "02/01": [3]})
+    assert load_dataset(str(days), 16, root=tmp_path).classes == ["01", "02"]
+    save(days, {"01/02/01": [3]})                             # 02/01/0.bmp again
+    shutil.move(days / "01" / "02", days / "01" / "x")
+    shutil.copytree(days / "02", days / "01" / "02")
+    with pytest.raises(UserError, match="days/01 is the folder of a class and holds a folder 02"):
+        load_dataset(str(days), 16, root=tmp_path)
 
 
 def test_what_is_there_twice_and_what_is_enlarged_is_counted(tmp_path):
@@ -221,7 +229,7 @@ def test_what_is_there_twice_and_what_is_enlarged_is_counted(tmp_path):
     shutil.copy(photos / "a" / "1.bmp", photos / "b" / "other.bmp")
     Image.new("RGB", (99, 90)).save(photos / "b" / "large.bmp")
     assert describe(load_dataset(str(photos), 64, root=tmp_path)) == (
-        "2 classes: a 4, b 4; 2 pictures are there twice, 1 in two classes; 7 are enlarged, from "
+        "2 classes: a 4, b 4; 2 pictures are copies of others, 1 stand in several classes; 7 are enlarged, from "
         "sides of 28 to 28 to 64 pixels")
     assert "enlarged" not in describe(load_dataset(str(photos), 28, root=tmp_path))
 
@@ -236,6 +244,8 @@ def test_pages_placeholders_and_giants(photos, tmp_path):
     pages[0].save(photos / "left" / "0.jpg", "MPO", save_all=True, append_images=pages[1:])
     assert read_picture(photos / "left" / "0.jpg").getpixel((9, 9))[0] > 250      # a phone's
     (photos / "left" / ".1.jpg.icloud").touch()
+    (photos / ".x.icloud").mkdir()
+    (photos / ".x.icloud" / "a.jpg").touch()
     assert describe(load_dataset(str(photos), 16, root=tmp_path)).endswith("; left out: 1 .icloud")
     header = b"P6 20000 18000 255\n"                           # 360 megapixels, and none of them
     (photos / "left" / "1.ppm").write_bytes(header)
@@ -243,15 +253,19 @@ def test_pages_placeholders_and_giants(photos, tmp_path):
         read_picture(photos / "left" / "1.ppm")
 
 
+RUN = dict.fromkeys(("method", "model", "rae", "rae_patch", "image_size", "ema_decay"))
+
+
 def test_letters_of_a_mac(tmp_path):
     composed, decomposed = "G\u00e4nsebl\u00fcmchen", "Ga\u0308nseblu\u0308mchen"
     save(tmp_path / "mac", {decomposed: [1], "Rose": [2]})
     save(tmp_path / "held", {composed: [1], "Rose": [2]})
-    names = {tuple(load_dataset(str(tmp_path / name), 16, root=tmp_path).classes) for name in ("mac", "held")}
-    assert names == {(composed, "Rose")}
-    save(tmp_path / "mac", {composed: [1]})
-    with pytest.raises(UserError, match="of other bytes but the same letters"):
-        load_dataset(str(tmp_path / "mac"), 16, root=tmp_path)
+    mac, held = (load_dataset(str(tmp_path / name), 16, root=tmp_path) for name in ("mac", "held"))
+    assert mac.classes == [decomposed, "Rose"] and same_names(mac.classes, held.classes)
+    assert not same_names(mac.classes, ["Rose", composed])
+    refuse_another_start("x", {"args": RUN, "classes": mac.classes}, RUN, held.classes)
+    with pytest.raises(UserError, match="other classes"):
+        refuse_another_start("x", {"args": RUN, "classes": mac.classes}, RUN, ["Rose", composed])
 
 
 def test_links_are_followed_once_and_what_is_there_goes_first(tmp_path):
@@ -584,6 +598,9 @@ def test_sizes_few_pictures_and_shares_are_said(means, tmp_path, capsys):
     data = save(tmp_path / "data", {"common": range(95), "rare": range(5)}, size=(24, 24))
     arrays = dict(arr_0=np.zeros((100, 24, 24, 3), np.uint8), classes=np.array(["common", "rare"]))
     np.savez(tmp_path / "equal.npz", **arrays, labels=np.arange(100) % 2)
+    np.savez(tmp_path / "objects.npz", arr_0=arrays["arr_0"], labels=np.arange(100) % 2,
+             classes=np.array(["common", "rare"], dtype=object))
+    assert "shares" not in scored(tmp_path / "objects.npz", data, capsys)[1]
     np.savez(tmp_path / "alike.npz", **arrays, labels=(np.arange(100) > 94).astype(int))
     _, said, _ = scored(tmp_path / "equal.npz", data, capsys)
     assert "classes in other shares (" in said and "50% and" in said and "--balance data" in said
@@ -633,6 +650,7 @@ def test_shares_of_the_data(tmp_path, capsys):
     for name, more in (("a", ["--num", "40"]), ("b", ["--num", "20", "--batch-size", "7"])):
         sample.main([*argv, *more, "--balance", "data", "--out", str(tmp_path / f"{name}.npz")])
     a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert "20 pictures of 2 classes by their shares: common, rare" in capsys.readouterr().out
     assert 5 <= a["labels"].sum() <= 8 and np.array_equal(a["labels"][:20], b["labels"])
     assert abs(a["arr_0"][:20].astype(int) - b["arr_0"]).max() <= 1
     assert json.loads(str(a["recipe"]))["balance"] == "as the data"

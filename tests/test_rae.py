@@ -206,7 +206,7 @@ def test_no_command_writes_over_a_file_of_others(trained, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             script.main([*argv, *ckpt])
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and f"{name} is there and was not made by" in error, error
+        assert stop.value.code == 2 and f"{name} is there, and not known to be made here" in error, error
         assert error.count("\n") == 1 and path.read_bytes() == before
 
 

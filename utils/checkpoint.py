@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UserError, fits, one_line
+from utils.cli import UserError, fits, one_line, same_names
 from utils.files import write_whole
 
 
@@ -126,7 +126,7 @@ def refuse_another_start(path, init, run, classes):
     names = ("method", "model", "rae", "rae_patch", "image_size", "ema_decay")
     other = [f"{name} {init['args'][name]}, not {run[name]}" for name in names
              if init["args"][name] != run[name]]
-    if init["classes"] != classes:
+    if not same_names(init["classes"], classes):
         other.append("other classes")
     if other:
         raise UserError(f"--init-from {path} has {'; '.join(other)}")

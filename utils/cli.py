@@ -112,6 +112,10 @@ def same_letters(name):
     return unicodedata.normalize("NFC", name)
 
 
+def same_names(a, b):
+    return list(map(same_letters, a)) == list(map(same_letters, b))
+
+
 def table_text(rows, formats=None):
     """Rows (dicts with the same keys) -> an aligned Markdown table. None is an empty cell.
 

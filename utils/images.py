@@ -147,7 +147,8 @@ def picture_files(folder):
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(where) as entries:
                 for entry in entries:
-                    if is_hidden(entry.name) and not entry.name.endswith(".icloud"):
+                    if is_hidden(entry.name) and not (entry.name.endswith(".icloud")
+                                                      and entry.is_file()):
                         continue
                     if entry.is_symlink():
                         links.append(entry.path)
@@ -192,7 +193,7 @@ def contents(folder, files, root, check=False):
             known = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
         if not known:
             note(f"{path} is damaged: the pictures are read again")
-    reader = f"Pillow {PIL.__version__}"
+    reader = f"Pillow {PIL.__version__}, 2"                   # raise it when upright_rgb changes
     for file in files:
         try:
             status = os.stat(os.path.join(folder, file))
@@ -277,9 +278,11 @@ def refuse_what_are_no_classes(folder, classes, files):
         if len(parts) > 1 or parts == classes and kind is SPLIT and inside:
             raise UserError(f"{folder} holds {', '.join(parts[:5])}, which are parts of a data set "
                             f"and no classes: give one of them, as {folder / parts[0]}")
-    known = set(classes)
-    again = {(parts[0], name) for parts in (file.split(os.sep) for file in files)
-             for name in parts[1:-1] if name in known and name != parts[0]}
+    known, there = set(classes), set(files)
+    again = {(parts[0], parts[i]) for parts in (file.split(os.sep) for file in files)
+             for i in range(1, len(parts) - 1) if parts[i] in known and parts[i] != parts[0]
+             # Numbers name days and sessions, too.
+             and (not parts[i].isdecimal() or os.sep.join(parts[i:]) in there)}
     if again:
         outer, name = min(again)
         raise UserError(f"{folder / outer} is the folder of a class and holds a folder {name}, "
@@ -383,9 +386,11 @@ def open_npz(path):
             raise ValueError(f"it takes {size_text(size)} of memory, and here are "
                              f"{size_text(memory)}")
         with np.load(path) as file:
-            wanted = {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "classes", "recipe"}
+            wanted = {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "recipe"}
             arrays = {key: np.asarray(file[key])              # whole: the zip's sums are checked
                       for key in wanted.intersection(file.files)}
+            with contextlib.suppress(LookupError, ValueError):            # of others: objects
+                arrays["classes"] = file["classes"]
             if not arrays.keys() & {"arr_0", "mu"}:
                 raise ValueError("it has neither arr_0 (pictures) nor mu and sigma (statistics): "
                                  "unpack it, if it is an archive, and give the folder")
@@ -534,7 +539,8 @@ def refuse_files_of_others(paths):
                 with open_picture(path) as picture:
                     made_here = MARK in str(picture.info)
         if not made_here:
-            raise UserError(f"--out: {path} is there and was not made by this: name another")
+            raise UserError(f"--out: {path} is there, and not known to be made here (older code "
+                            "left no mark): remove it, or name another")
 
 
 def check_room(out, shape, name):

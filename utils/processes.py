@@ -10,7 +10,6 @@ import math
 import os
 import re
 import signal
-import stat
 import sys
 import threading
 import time
@@ -82,7 +81,8 @@ def user_errors(main):
         if speaks and text:
             for bar in list(getattr(tqdm, "_instances", ())):  # the line is the last, and alone
                 bar.close()
-            print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
+            with contextlib.suppress(OSError):                # a terminal that is gone
+                print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr, flush=True)
         raise SystemExit(status)
     return wrapped
 
@@ -106,16 +106,8 @@ def explain(error, signals=()):
 @contextlib.contextmanager
 def on_signals(handler):
     """Ctrl-C and other signals that ask to stop or to save call handler(signum, frame)."""
-    def receive(signum, frame):
-        if signum == getattr(signal, "SIGHUP", None):         # the terminal is gone: writing fails
-            for number in (1, 2):
-                with contextlib.suppress(OSError):
-                    if stat.S_ISCHR(os.fstat(number).st_mode):
-                        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        handler(signum, frame)
-
     main_thread = threading.current_thread() is threading.main_thread()
-    before = {signum: signal.signal(signum, receive) for signum in {*STOPS, SAVES} - {None}
+    before = {signum: signal.signal(signum, handler) for signum in {*STOPS, SAVES} - {None}
               if main_thread and (signum == signal.SIGINT or                # nohup ignores one
                                   signal.getsignal(signum) != signal.SIG_IGN)}
     try:
@@ -134,8 +126,8 @@ class Stop:
         self.received, self.asked, self.next, self.clock = [], step, step + 1, time.perf_counter()
 
     def receive(self, signum, frame):
-        if signum in self.received and signum != SAVES:       # asked twice: at once
-            raise KeyboardInterrupt
+        if signum == signal.SIGINT and signum in self.received and not self.among_others:
+            raise KeyboardInterrupt                           # Ctrl-C twice: at once
         self.received.append(signum)
 
     def after(self, step):
@@ -223,10 +215,17 @@ def torchrun_environment():
                         f"{' '.join(given)}, or start with torchrun") from None
 
 
-def say(*words, **more):
-    """print, in one process of all."""
+def say(*words, write=print, **more):
+    """print, in one process of all. A terminal or a pipe that is gone ends no work."""
     if not (dist.is_initialized() and dist.get_rank()):
-        print(*words, flush=True, **more)
+        try:
+            write(*words, **more)
+            more.get("file", sys.stdout).flush()
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            number = 2 if more.get("file") is sys.stderr else 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def note(text):

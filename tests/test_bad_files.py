@@ -24,7 +24,7 @@ from conftest import equal, forked, make_photos, start, train_args, processes
 from utils.checkpoint import first_not_finite
 from utils.cli import UserError
 from utils.files import append_line, locked
-from utils.processes import explain, user_errors
+from utils.processes import Stop, explain, user_errors
 
 
 def ends(main, argv):
@@ -471,6 +471,46 @@ def test_closed_outputs(numbers, photos, tmp_path):
     process.start()
     process.join(60)
     assert (tmp_path / "end").exists() and len((tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()) == 1
+
+
+def into_a_closed_pipe(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    train.main(argv)
+
+
+def test_an_output_that_is_gone_ends_no_run(photos, tmp_path):
+    """A terminal that was closed, a tee that Ctrl-C has killed first."""
+    process = forked(into_a_closed_pipe, train_args(tmp_path, "--steps", "4"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert torch.load(tmp_path / "out" / "run" / "ckpt.pt")["step"] == 4
+
+
+def test_who_is_asked_twice():
+    """torchrun hands on a SIGTERM that its workers may have had; a hurry is Ctrl-C twice."""
+    stop = Stop(0)
+    for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        stop.receive(signum, None)
+    assert stop.after(1) == stop.after(2) == signal.SIGTERM and stop.received == [signal.SIGTERM] * 2
+    stop.receive(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop.receive(signal.SIGINT, None)
+    stop = Stop(0)
+    stop.receive(signal.SIGUSR1, None)
+    assert [stop.after(1), stop.after(2)] == [signal.SIGUSR1, 0]
+
+
+def test_a_signal_in_the_last_picture_ends_the_run(photos, tmp_path, monkeypatch, capsys):
+    """Before its report."""
+    draw = train.picture_grid
+    monkeypatch.setattr(train, "picture_grid", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), draw(*args))[1])
+    status, lines = ends(train.main, train_args(tmp_path, "--steps", "2"))
+    assert status == 143 and "stopped after the last step; it is saved" in lines[-1]
+    assert torch.load(tmp_path / "out" / "run" / "ckpt.pt")["step"] == 2
 
 
 def test_places_that_are_none(place, photos, tmp_path, monkeypatch):

@@ -223,6 +223,21 @@ def test_a_data_set_that_holds_itself_is_refused(tmp_path):
         load_dataset(str(days), 16, root=tmp_path)
 
 
+def test_other_rules_of_reading_check_again(tmp_path, monkeypatch):
+    """An index that remembers a picture as good, which is refused by now."""
+    photos = save(tmp_path / "set", {"a": [1, 2]})
+    monkeypatch.setattr(utils.images.time, "time_ns", lambda clock=utils.images.time.time_ns: clock() + 3 * 10 ** 9)
+    monkeypatch.setattr(utils.images.PIL, "__version__", "older")
+    load = lambda: load_dataset(str(photos), 16, root=tmp_path, skip_bad=True)
+    pages = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    pages[0].save(photos / "a" / "film.gif", save_all=True, append_images=pages[1:])
+    with monkeypatch.context() as lenient:
+        lenient.setattr(utils.images, "upright_rgb", lambda picture: picture.convert("RGB"))
+        assert len(load().labels) == 3
+    monkeypatch.setattr(utils.images.PIL, "__version__", "newer")
+    assert len(load().labels) == 2
+
+
 def test_what_is_there_twice_and_what_is_enlarged_is_counted(tmp_path):
     photos = save(tmp_path / "set", {"a": [1, 2, 3], "b": [4, 5]}, size=(28, 30))
     shutil.copy(photos / "a" / "0.bmp", photos / "a" / "again.bmp")

@@ -401,6 +401,9 @@ def test_what_a_killed_run_lacks_is_made(photos, tmp_path, monkeypatch):
     (run / "samples-0000004.png").unlink()
     train.main(argv)
     assert before == {name: (run / name).read_bytes() for name in before}
+    (run / "ckpt.pt").unlink()                                # another run in the same folder
+    train.main([*argv, "--seed", "7"])
+    assert before["quality.json"] != (run / "quality.json").read_bytes()
 
 
 def test_a_checkpoint_from_before_still_samples(tmp_path):

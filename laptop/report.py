@@ -103,18 +103,20 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
                             f"class {train_set.classes[counts.argmin()]}: the quality report needs "
                             "two or more")
     g = torch.Generator().manual_seed(0)
-    by_class, n = test_set.labels.argsort(stable=True), min(n, len(test_set.labels))
-    test_chosen = by_class[((torch.arange(n) + 0.5) * len(by_class) / n).long()].sort().values
+    test_chosen, by_class = shares(test_set.labels, n), test_set.labels.argsort(stable=True)
+    if len(test_chosen) > n:                                  # rounded up: some classes, evenly
+        test_chosen = by_class[((torch.arange(n) + 0.5) * len(by_class) / n).long()].sort().values
     labels, S = test_set.labels[test_chosen], rae.image_size
     classes = labels.unique()
     if len(classes) < len(train_set.classes):
-        note(f"{n} pictures a row are of {len(classes)} of the {len(train_set.classes)} classes")
+        note(f"{len(labels)} pictures a row are of {len(classes)} of the "
+             f"{len(train_set.classes)} classes")
     order = torch.randperm(len(train_set.labels), generator=g)
     order = order[torch.isin(train_set.labels[order], classes)]
     chosen = order[shares(train_set.labels[order], most)].sort().values
     train_labels = train_set.labels[chosen]
-    if min(n, len(chosen)) <= 64:
-        note(few(min(n, len(chosen)), 64))
+    if (fewer := min(len(labels), len(chosen))) <= 64:
+        note(few(fewer, 64))
 
     def compared(images):                                     # all are compared at S x S
         return images if images.shape[2] == S else to_uint8(resize(images, S) / 255)

@@ -5,10 +5,12 @@
     python train.py --method sphere-encoder --rae pixels        # Sphere Encoder, on pictures
     python train.py --noise-dist uniform                # Table 3; also --reconstruct both
     python train.py --no-spherify                       # Table 3
+    python train.py --method distill --init-from CKPT   # ours: a run's sampler in one step
 
 Each method is two functions of tensors like sphere.py's: training_losses, from a denoiser and a
 batch, and sample. METHODS and NOISE, at the end, are what train.py and sample.py choose from.
 """
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -272,6 +274,51 @@ def sphere_encoder_sample(denoiser, shape, y, steps, cfg_scale=1.0, sigma=sphere
     return pictures[-1]
 
 
+# ---- One step: a run's sampler, distilled. Ours; not tried at the paper's scale -----------------
+
+def distill_losses(denoiser, pair, y, sigma_hi, sigma_lo, eps):
+    """Eq. 2 from pure noise: the network's one step against what a teacher made of the same noise.
+
+    pair (B, 2, C, H, W): the noise and the teacher's latent; y (B,). The others are not used.
+    """
+    noise, target = pair.unbind(1)
+    predicted = denoiser(spherify(noise), y)
+    return {"reconstruction": sphere.reconstruction_loss(predicted, target)}, ()
+
+
+class Pairs:
+    """Noise number i and what Algorithm 1 makes of it with one noise for all steps, in the place of
+    a data set's latents. Its label is i mod num_classes.
+
+    denoiser, steps, sampling: as of sphere.sample; noise(indices) -> (b, *latent_shape); keep(self)
+    -> rae.LatentCache, which asks for labels and recipe as of a data set (load(range) is its
+    numbers), and for encode and fingerprint as of an autoencoder.
+    """
+
+    def __init__(self, denoiser, steps, noise, labels, latent_shape, device, recipe, keep,
+                 **sampling):
+        self.denoiser, self.steps, self.noise, self.sampling = denoiser, steps, noise, sampling
+        self.labels, self.latent_shape, self.device = labels, latent_shape, device
+        self.name, self.recipe, self.load = "pairs", recipe, torch.as_tensor
+        self.latents = keep(self)
+
+    def encode(self, indices):
+        noise, y = self.noise(indices).to(self.device), self.labels[indices.cpu()].to(self.device)
+        return sphere.sample(self.denoiser, noise.shape, y, self.steps,
+                             noise=itertools.repeat(noise), **self.sampling)
+
+    def fingerprint(self):
+        return "noise"                                        # the recipe tells noises apart
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices, flips):
+        """indices (b,), flips all 0 -> noise and latents (b, 2, C, h, w) float32, labels (b,)."""
+        latents, y = self.latents.batch(indices, flips)
+        return torch.stack([self.noise(indices), latents.float()], dim=1), y
+
+
 # ---- Which there are -----------------------------------------------------------------------------
 
 class Method(NamedTuple):
@@ -282,6 +329,7 @@ class Method(NamedTuple):
     sampling: tuple                                           # what its sampler is told
     network: dict = {}                                        # in what it differs from SiT
     times: Callable = None                                    # in the place of noise levels
+    levels: int = 2                                           # at which a call has each example
     forward_mode: bool = False                                # does it need forward derivatives?
 
 
@@ -292,11 +340,15 @@ METHODS = {
                      (*OF_SPHERE, "reconstruct", "latent_consistency", "spherify"),
                      ("cfg_scale", "gamma", "noise", "sigma")),
     "flow": Method(flow_losses, flow_sample, ("p_mean", "p_std"), ("cfg_scale", "solver"),
-                   {"kind": TimedSiT, "num_times": 1}, partial(times, r_equals_t=1.0)),
+                   {"kind": TimedSiT, "num_times": 1}, partial(times, r_equals_t=1.0),
+                   levels=1),
     "meanflow": Method(meanflow_losses, meanflow_sample, ("p_mean", "p_std"), ("cfg_scale",),
                        {"kind": TimedSiT, "num_times": 2}, times, forward_mode=True),
     "sphere-encoder": Method(sphere_encoder_losses, sphere_encoder_sample, OF_SPHERE,
                              ("cfg_scale", "gamma", "noise", "sigma"), {"kind": SphereEncoder}),
+    "distill": Method(distill_losses, sphere.sample,
+                      ("sigma", "sampling_noise", "pairs", "teacher_steps", "teacher_cfg"),
+                      ("cfg_scale", "gamma", "noise", "sigma"), levels=1),
 }
 
 

@@ -101,6 +101,22 @@ class InMemory:
         return self.images[torch.as_tensor(indices)]
 
 
+class Unseen:
+    """The data set of a checkpoint, with its classes and their counts, but without pictures."""
+
+    def __init__(self, checkpoint):
+        run, counts = checkpoint["args"], checkpoint.get("counts")
+        if not counts:
+            raise UserError("the checkpoint does not say how many pictures of each class there "
+                            "were: resume its training for a step")
+        self.name, self.recipe = Path(run["dataset"]).name, run["pictures"]
+        self.classes, self.image_size = checkpoint["classes"], run["image_size"]
+        self.labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+    def load(self, indices):
+        raise UserError(f"the pictures of {self.name} are not here")
+
+
 # ---- Picture files -------------------------------------------------------------------------------
 
 class Pictures:

@@ -52,7 +52,7 @@ DIM = {"pool": 2048, "spatial": 2023}                         # spaces of statis
 # device); without pictures on those of the data set of that name.
 NETWORKS = {}
 NETWORKS["toy"] = lambda images, labels, device: toy.networks(images, labels)  # laptop
-NETWORKS["lite0"] = lambda images, labels, device: lite0.networks(device)  # laptop
+NETWORKS["lite0"] = lite0.networks  # laptop
 
 # ---- Networks ------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from data import centre_crop
 from laptop import lite0, toy  # laptop
 from model import sincos_2d
 from sphere import full_precision
-from utils.checkpoint import load_checkpoint, load_renamed, load_tensors
+from utils.checkpoint import hash_of, load_checkpoint, load_renamed, load_tensors
 from utils.cli import ArgumentParser, UserError, printable, size_text
 from utils.files import (folder_by_hash, free_bytes, from_hub, locked, verify, write_json,
                          write_whole)
@@ -108,16 +108,16 @@ class RAE(nn.Module):
 
     def fingerprint(self):
         """A hash of what decides about its latents."""
-        digest = hashlib.sha256(f"{self.name} {self.image_size} {LATENTS_FORMAT}".encode())
+        what = f"{self.name} {self.image_size} {LATENTS_FORMAT}".encode()
+        digest = hashlib.sha256(what)
         if self.files:
             of_latents = [sha256 for part, sha256 in self.files.items() if part != "decoder"]
             digest.update(json.dumps(of_latents).encode())
         elif self.made_by:
             digest.update(json.dumps(self.made_by, sort_keys=True).encode())
         else:
-            for key, value in self.state_dict().items():
-                if not key.startswith("decoder."):
-                    digest.update(key.encode() + value.cpu().numpy().tobytes())
+            return hash_of({key: value for key, value in self.state_dict().items()
+                            if not key.startswith("decoder.")}, what)
         return digest.hexdigest()
 
 
@@ -463,8 +463,9 @@ class LatentCache:
     part = 256                                                # pictures; always the same together
     small = 8e9                                               # bytes that are checked at each start
 
-    def __init__(self, dataset, rae, root, rank=0, world=1, flips=True, check=False):
-        self.labels = dataset.labels
+    def __init__(self, dataset, rae, root, rank=0, world=1, flips=True, check=False,
+                 what="pictures"):
+        self.labels, self.what = dataset.labels, what
         self.folder, self.manifest = cache_of(dataset, rae, root, flips)
         self.shape = tuple(self.manifest["shape"][1:])        # of a picture: (flips, C, h, w)
         N, check = len(self.labels), check or cache_bytes(self.manifest) < self.small
@@ -515,8 +516,8 @@ class LatentCache:
 
     def _encode(self, dataset, rae, todo, rank, world):
         started, n, flips = time.perf_counter(), sum(map(len, todo)), self.shape[0]
-        with tqdm(total=n, desc="encoding", unit=" pictures", disable=rank != 0 or not todo or None,
-                  leave=False) as bar:
+        with tqdm(total=n, desc="encoding", unit=f" {self.what}",
+                  disable=rank != 0 or not todo or None, leave=False) as bar:
             for pictures, images in zip(todo, prefetch(dataset.load, todo, ahead=1)):
                 z = torch.stack([encode_to_half(rae, images.flip(3) if flip else images, pictures)
                                  for flip in range(flips)], dim=1)        # (n, flips, C, h, w)
@@ -527,8 +528,8 @@ class LatentCache:
                 bar.update(len(pictures))
         if todo:
             seconds = time.perf_counter() - started
-            say(f"encoded {n:,} pictures{' and their mirror images' * (flips > 1)} in "
-                f"{seconds:.1f} s, {n / seconds:.0f} pictures/s" +
+            say(f"encoded {n:,} {self.what}{' and their mirror images' * (flips > 1)} in "
+                f"{seconds:.1f} s, {n / seconds:.0f} {self.what}/s" +
                 f" in each of {world} processes" * (world > 1) + f": {self.folder}")
 
     def __len__(self):

@@ -43,7 +43,7 @@ TABLE = [                           # a text starts a group of --help
      "the autoencoder; it decides about other defaults, too; pixels: none"),
     ("rae_patch", 16, number(int, 1, 4096), SAME,
      "side of a patch in pixels; of --rae toy and --rae pixels"),
-    ("decoder_steps", 1200, COUNT, SAME, "steps in which the decoder of lite0 is trained first"),
+    ("decoder_steps", 3600, COUNT, SAME, "steps in which the decoder of lite0 is trained first"),
     ("weights_dir", None, str, ANY, "folder with the files of dinov2-b; without it: the Hub"),
     ("data_dir", "datasets", str, ANY, "where downloads and caches of latents go"),
     ("cache_latents", "auto", ("auto", "yes", "no"), ANY,
@@ -69,6 +69,10 @@ TABLE = [                           # a text starts a group of --help
     ("spherify", True, bool, SAME, "the identity in the place of f, in training and in sampling"),
     ("init_from", None, str, SAME,
      "CKPT: start from the weights, averages and autoencoder of another run, at step 0"),
+    ("pairs", 10_000, number(int, 1, 10 ** 8), SAME,
+     "distill: of noise and what the run of --init-from makes of it"),
+    ("teacher_steps", 4, number(int, 1, 1000), SAME, "distill: in so many steps"),
+    ("teacher_cfg", None, AMOUNT, SAME, "distill: with this guidance (default: that run's own)"),
 
     "optimisation (AdamW)",
     ("steps", None, COUNT, ANY, "steps in all; raise it to continue a finished run"),
@@ -133,6 +137,9 @@ BY_DATASET["toy"] = dict(rae="toy", **toy.SETTINGS_OF_FLOWERS)  # laptop
 BY_METHOD = {
     "meanflow":       dict(p_mean=-0.4),                                  # of its paper
     "sphere-encoder": dict(rae="pixels", noise_dist="sphere-encoder"),
+    # Ours: one step without guidance from one noise. The rates stay those of the training.
+    "distill":        dict(cfg=1.0, sample_steps=1, sampling_noise="same", class_dropout_prob=0.0,
+                           flips=False),
 }
 
 
@@ -205,6 +212,8 @@ def check_args(parser, args):
     if METHODS[args.method].forward_mode and (args.compile or args.checkpoint_activations):
         parser.error(f"--method {args.method} differentiates forward, too: no --compile and no "
                      "--checkpoint-activations")
+    if args.method == "distill" and not args.init_from:
+        parser.error("--method distill wants a run to learn from: --init-from CKPT")
     if args.method == "sphere" and not args.consistency and args.reconstruct == "low":
         parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "
                      "both")

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 import settings
 import sphere
-from baselines import METHODS, NOISE, build_network, variant
-from data import describe, load_dataset
+from baselines import METHODS, NOISE, Pairs, build_network, variant
+from data import Unseen, describe, load_dataset
 from laptop import report  # laptop
 from model import SiT
-from rae import AUTOENCODERS, open_latents, open_rae, picture_sides
-from sample import draw, load_run, predict, sampling_settings
-from utils.checkpoint import (first_not_finite, refuse_another_run, refuse_another_start,
-                              save_tensors)
+from rae import AUTOENCODERS, LatentCache, open_latents, open_rae, picture_sides
+from sample import draw, keyed_noise, load_denoiser, load_run, predict, sampling_settings
+from utils.checkpoint import (first_not_finite, hash_of, refuse_another_run,
+                              refuse_another_start, save_tensors)
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
 from utils.images import picture_grid, save_picture, sums_of, what_changed
@@ -65,7 +65,7 @@ class Learner:
                 part.checkpoint_activations = checkpoint_activations
         self.ddp_model = DistributedDataParallel(self.raw_model) if world > 1 else self.raw_model
         if compile:
-            n, num_times = 2 * self.micro, self.method.network.get("num_times")
+            n, num_times = self.method.levels * self.micro, self.method.network.get("num_times")
             more = [torch.zeros(n, num_times, device=device)] if num_times else []
             self.ddp_model = compiled(
                 self.ddp_model, run["dtype"], torch.zeros(n, *latent_shape, device=device),
@@ -93,7 +93,8 @@ class Learner:
         if with_optimizer:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(),
                                             "state": checkpoint["optimizer"]["state"]})
-        self.emas = [{k: v.to(self.device) for k, v in checkpoint["ema"][str(decay)].items()}
+        self.emas = [{k: v.to(self.device, copy=True)
+                      for k, v in checkpoint["ema"][str(decay)].items()}
                      for decay in self.run["ema_decay"]]
 
     def draw_inputs(self, latents, step, m):
@@ -211,7 +212,13 @@ def main(argv=None):
     rank, _, _ = setup(args.device)
     sides = picture_sides(args.rae, args.image_size, args.rae_patch)
     with first_process_first(rank):
-        dataset = load_dataset(args.dataset, *sides, args.data_dir, args.split, args.skip_bad)
+        try:
+            dataset = load_dataset(args.dataset, *sides, args.data_dir, args.split, args.skip_bad)
+        except UserError as error:
+            if args.method != "distill":
+                raise
+            note(f"{error}; --method distill goes on without pictures")
+            dataset = Unseen(load_run(args.init_from))
     run_on(args, dataset)
 
 
@@ -220,7 +227,7 @@ def run_on(args, dataset):
     rank, world, device = setup(args.device)                  # again: it may be called from Python
     say(f"{dataset.name}: {len(dataset.labels):,} pictures of {describe(dataset)}")
     side, _ = picture_sides(args.rae, args.image_size, args.rae_patch)
-    _, _, H, W = dataset.load([0]).shape
+    H, W = (side, side) if isinstance(dataset, Unseen) else dataset.load([0]).shape[2:]
     if (H, W) != (side, side):
         raise UserError(f"--image-size {args.image_size}: pictures of {H} x {W} are not the {side} "
                         f"x {side} that --rae {args.rae} takes then")
@@ -234,20 +241,26 @@ def run_on(args, dataset):
 
 def start_run(args, dataset, rank, world, device):
     """Autoencoder, latents, model: new, or as the checkpoint has them; then the training."""
-    out, N, num_classes = Path(args.out_dir), len(dataset.labels), len(dataset.classes)
+    out, num_classes = Path(args.out_dir), len(dataset.classes)
     run = settings.defining(vars(args))
     checkpoint = load_run(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     if checkpoint:
         refuse_another_run(out, run, checkpoint["args"], dataset.recipe,
                            lambda: what_changed(out / "pictures.json", dataset))
-    init = load_run(args.init_from) if args.init_from and not checkpoint else None
+    distills = args.method == "distill"
+    init = load_run(args.init_from) if args.init_from and (distills or not checkpoint) else None
     if init:
         refuse_another_start(args.init_from, init, run, dataset.classes)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
                    args.weights_dir, (checkpoint or init or {}).get("rae"))
-    latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
-                           "yes" if args.encode_only else args.cache_latents, rank, world,
-                           args.flips, check=args.encode_only)
+    if distills:
+        latents = open_pairs(args, init, rae.latent_shape, rank, world, device)
+        average = next(iter(init["ema"].values()))
+        init |= {"model": average, "ema": {str(decay): average for decay in run["ema_decay"]}}
+    else:
+        latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
+                               "yes" if args.encode_only else args.cache_latents, rank, world,
+                               args.flips, check=args.encode_only)
     if args.encode_only:
         return
     train_decoder = AUTOENCODERS[args.rae].train_decoder
@@ -256,14 +269,14 @@ def start_run(args, dataset, rank, world, device):
                       args.seed, rank, args.flips)
 
     # Model, optimizer, EMAs; the step at which the run is resumed.
-    start = checkpoint["step"] if checkpoint else 0
+    N, start = len(latents), checkpoint["step"] if checkpoint else 0
     if args.epochs is not None:
         args.steps = -(-args.epochs * N // args.batch_size)
     compile = start < args.steps and not METHODS[args.method].forward_mode
     learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
                       compile and compiles(args.compile, device), args.checkpoint_activations)
     if checkpoint or init:
-        learner.load(checkpoint or init, with_optimizer=not init)
+        learner.load(checkpoint or init, with_optimizer=bool(checkpoint))
         checkpoint = init = None                              # their tensors are no longer needed
     C, side, _ = rae.latent_shape
     parameters = sum(p.numel() for p in learner.raw_model.parameters())
@@ -276,9 +289,26 @@ def start_run(args, dataset, rank, world, device):
     train(args, learner, dataset, rae, latents, start, rank)
 
 
+def open_pairs(args, teacher, shape, rank, world, device):
+    """For --method distill: what another run, a checkpoint, makes of noise. Kept in data_dir."""
+    denoiser, ema = load_denoiser(teacher, "first", device)
+    run, num_classes = teacher["args"], len(teacher["classes"])
+    cfg = run["cfg"] if args.teacher_cfg is None else args.teacher_cfg
+    recipe = {"weights": hash_of(teacher["ema"][ema]), "dtype": run["dtype"], "seed": args.seed,
+              "classes": num_classes, "steps": args.teacher_steps, "cfg": cfg,
+              "sigma": run["sigma"], "gamma": run["gamma"]}
+    return Pairs(denoiser, args.teacher_steps,
+                 lambda indices: next(keyed_noise(("pairs", args.seed), indices, shape, True, 1)),
+                 torch.arange(args.pairs) % num_classes, shape, device, recipe,
+                 lambda pairs: LatentCache(pairs, pairs, Path(args.data_dir) / "pairs", rank, world,
+                                           flips=False, what="pairs"),
+                 cfg_scale=cfg, sigma=sphere.decay(run["sigma"], run["gamma"]),
+                 null_class=num_classes)
+
+
 def train(args, learner, dataset, rae, latents, start, rank):
     """The loop, from step `start`."""
-    out, N, classes = Path(args.out_dir), len(dataset.labels), dataset.classes
+    out, N, classes = Path(args.out_dir), len(latents), dataset.classes
     arguments = {**vars(args), "pictures": dataset.recipe}
     counts = torch.bincount(dataset.labels, minlength=len(classes)).tolist()
     denoiser = partial(predict, learner.raw_model, learner.emas[0], args.dtype)

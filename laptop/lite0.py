@@ -121,7 +121,8 @@ class PretrainedEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """(B, C, 8, 8) -> (B, 3, S, S). Copying, then convolving leaves no checkerboard."""
+    """(B, C, 8, 8) -> (B, 3, S, S). Copying between two convolutions leaves no checkerboard. Who
+    changes what it makes of the same weights renames one, or old ones would be loaded wrongly."""
 
     def __init__(self, channels, image_size, width=256):
         super().__init__()
@@ -130,14 +131,14 @@ class ConvDecoder(nn.Module):
         widths = [max(32, width // 2 ** i) for i in range(n + 1)]
         self.inside = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1),
                                     ResBlock(width, width), ResBlock(width, width))
-        self.enlarge = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.upsample = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
         self.out = nn.Sequential(nn.GroupNorm(8, widths[-1]), nn.SiLU(),
                                  nn.Conv2d(widths[-1], 3, 3, padding=1))
 
     def forward(self, z):
         x = self.inside(z)
-        for size, block in zip(self.sizes, self.enlarge):
-            x = block(F.interpolate(x, size=(size, size), mode="nearest"))
+        for size, block in zip(self.sizes, self.upsample):
+            x = block(x, size)
         return self.out(x)
 
 
@@ -148,9 +149,12 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(8, C_out), nn.Conv2d(C_out, C_out, 3, padding=1)
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, size=None):
+        """size: the side to which it enlarges; after the first convolution, which is cheaper so."""
+        x, h = self.skip(x), self.conv1(F.silu(self.norm1(x)))
+        if size:
+            x, h = (F.interpolate(part, size=(size, size), mode="nearest") for part in (x, h))
+        return x + self.conv2(F.silu(self.norm2(h)))
 
 
 def picture_sides(name, image_size):
@@ -206,20 +210,20 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
 
 # ---- The decoder's training ----------------------------------------------------------------------
 
-def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=32,
-                  lr=1e-3, noise=0.4, early_weight=0.3, save_every=200):
+def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=16,
+                  lr=1e-3, noise=0.4, early_weight=0.3, texture_weight=0.6, save_every=400):
     """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
 
-    The loss is L1, and relative L1 on the encoder's early features. The latents get noise of a
-    deviation between 0 and `noise`, so that the decoder forgives the denoiser. A tenth of the
-    pictures, 256 at most, is held out for the PSNR; of the others 20,000 are enough, and stay in
-    memory (1 GB at 128 x 128). The result is kept in `folder`, under a hash of what made it; the
-    same call resumes it.
+    The loss is L1, and relative L1 on the encoder's early features and on their local strength,
+    the texture. The latents get noise of a deviation between 0 and `noise`, so that the decoder
+    forgives the denoiser. A tenth of the pictures, 256 at most, is held out for the PSNR; of the
+    others 20,000 are enough, and stay in memory (1 GB at 128 x 128). The result is kept in
+    `folder`, under a hash of what made it; the same call resumes it.
     """
     N = len(dataset.labels)
     manifest = {"data": dataset.recipe, "encoder": rae.fingerprint(), "image_size": rae.image_size,
                 "steps": steps, "seed": seed, "batch_size": batch_size, "lr": lr, "noise": noise,
-                "early_weight": early_weight, "flips": flips}
+                "early_weight": early_weight, "texture_weight": texture_weight, "flips": flips}
     folder = folder_by_hash(folder, f"{dataset.name}-{rae.name}", manifest)
     order = torch.randperm(N, generator=keyed_generator("held out", seed)).numpy()
     held_out, others = np.split(order[:20_000], [min(N // 10, 256)])
@@ -265,9 +269,10 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
         decoded, target = decoded[..., dy:, dx:], target[..., dy:, dx:]   # strides print their grid
         with torch.no_grad():
             wanted = rae.encoder.early(target)
-        early = sum((a - b).abs().mean() / b.abs().mean()
-                    for a, b in zip(rae.encoder.early(decoded), wanted))
-        (l1 + manifest["early_weight"] * early).backward()
+        found = rae.encoder.early(decoded)
+        early = sum(relative_l1(a, b) for a, b in zip(found, wanted))
+        texture = sum(relative_l1(local_rms(a), local_rms(b)) for a, b in zip(found, wanted))
+        (l1 + manifest["early_weight"] * early + manifest["texture_weight"] * texture).backward()
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0).item()
         if not math.isfinite(norm):
             raise UserError(f"the decoder's gradient norm is {norm} at step {step}: try another "
@@ -287,6 +292,17 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
             raise UserError(f"stopped at step {step + 1} of the decoder and saved: the same "
                             "command resumes it", status=128 + signum)
     bar.close()
+
+
+def relative_l1(a, b):
+    return (a - b).abs().mean() / b.abs().mean()
+
+
+def local_rms(maps):
+    """(b, C, h, w) -> how much there is of each feature about a place, wherever it is exactly: fine
+    structure cannot be guessed from the latent pixel by pixel, and L1 alone averages it away.
+    """
+    return (F.avg_pool2d(maps.square(), min(4, *maps.shape[2:]), stride=2) + 1e-6).sqrt()
 
 
 def load_decoder(path, manifest, decoder, optimizer):
@@ -340,8 +356,12 @@ AUTOENCODERS = {name: dict(build=partial(build, name), fit=partial(fit, name),
 
 # ---- The feature space ---------------------------------------------------------------------------
 
-def networks(device="cpu"):
-    """EfficientNet-Lite0 for report.Features: uint8 (b, 3, H, W) -> its last features (b, 1280)."""
+def networks(images=None, labels=None, device="cpu"):
+    """EfficientNet-Lite0 for report.Features: uint8 (b, 3, H, W) -> its last features (b, 1280).
+
+    Where pictures are given, the toy's two, made on them, are beside it: encoder and decoder of
+    --rae lite0 have learnt from lite0, but not from these.
+    """
     net = pretrained_network("lite0").to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -350,4 +370,4 @@ def networks(device="cpu"):
         return torch.cat([
             net.forward_head(net.forward_features(part.to(device)), pre_logits=True).cpu()
             for part in x.split(64)]).double()
-    return {"lite0": lite0}
+    return {"lite0": lite0} | ({} if images is None else toy.networks(images, labels))

@@ -10,7 +10,7 @@ import baselines
 import sample
 import sphere
 import train
-from conftest import equal, fit_rae, make_photos, train_args
+from conftest import equal, fit_rae, make_photos, processes, relative_l2, train_args
 
 Y, SHAPE = torch.tensor([0, 1, 2]), (3, 4, 2, 2)
 POINT = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(7)).expand(SHAPE)
@@ -206,6 +206,114 @@ def of_method(folder, method, *more):
     return argv
 
 
+# ---- One step: distillation ----------------------------------------------------------------------
+
+class InMemoryLatents:
+    """What rae.LatentCache is to Pairs, without files."""
+
+    def __init__(self, pairs):
+        self.labels, self.z = pairs.labels, pairs.encode(pairs.load(range(len(pairs.labels))))
+
+    def batch(self, indices, flips):
+        return self.z[indices], self.labels[indices]
+
+
+def pairs_of(denoiser, steps, n=64, num_classes=3, shape=SHAPE[1:], **sampling):
+    return baselines.Pairs(
+        denoiser, steps, lambda indices: next(sample.keyed_noise(0, indices, shape, True, 1)),
+        torch.arange(n) % num_classes, shape, torch.device("cpu"), {}, InMemoryLatents, **sampling)
+
+
+def quarter_turn(x):
+    """Orthogonal, and orthogonal to x: two channels are one complex number, times i."""
+    a, b = x.chunk(2, dim=1)
+    return torch.cat([-b, a], dim=1)
+
+
+def test_a_pair_is_what_the_sampler_makes_of_its_noise():
+    """Of one point it is the point; of G(v) = R v, R a quarter turn, two steps are known: with s the
+    noise after the first and r the noise's length, G(f(R v + s r v)) = (s r R v - v) / sqrt(1 + (s r)^2)."""
+    pair, y = pairs_of(lambda v, y: POINT[:1].expand(len(v), -1, -1, -1), 3).batch(torch.arange(6), None)
+    assert torch.equal(pair[:, 1], POINT[:1].expand(6, -1, -1, -1)) and y.tolist() == [0, 1, 2] * 2
+    losses, _ = baselines.distill_losses(lambda v, y: pair[:, 1], pair, y, None, None, None)
+    assert abs(losses["reconstruction"]) < 1e-6
+
+    pair, _ = pairs_of(lambda v, y: quarter_turn(v), 2, sigma=sphere.decay(4.0)).batch(torch.arange(20), None)
+    eps, found = pair.unbind(1)
+    r = eps.square().mean((1, 2, 3), keepdim=True).sqrt()
+    v = eps / r
+    expected = (2 * r * quarter_turn(v) - v) / (1 + (2 * r) ** 2).sqrt()
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_the_student_of_a_linear_teacher_becomes_it():
+    """One step of G(v, y) = A v + b_y: the loss has one minimum, the teacher, guidance and all."""
+    A, b = torch.randn(4, 4, generator=generator(1)), torch.randn(4, 4, generator=generator(2))
+
+    def linear(A, b):
+        return lambda v, y: torch.einsum("ij,bjhw->bihw", A, v) + b[y].view(-1, 4, 1, 1)
+    pairs = pairs_of(linear(A, b), 1, n=512, cfg_scale=1.5, null_class=3)
+    student = [0.1 * torch.randn(n, 4, generator=generator(3)) for n in (4, 3)]
+    student = [p.requires_grad_() for p in student]
+    optimizer = torch.optim.Adam(student, lr=0.05)
+    for step in range(300):
+        pair, y = pairs.batch(torch.randint(512, (64,), generator=generator(step)), None)
+        loss = baselines.distill_losses(linear(*student), pair, y, None, None, None)[0]["reconstruction"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+        optimizer.step()
+    assert torch.allclose(student[0], A, atol=2e-3)
+    assert torch.allclose(student[1], b[3] + 1.5 * (b[:3] - b[3]), atol=2e-3)
+
+
+def test_a_run_is_distilled(trained, tmp_path, capsys):
+    """It starts from the teacher's first average, resumes in the same bits, whatever the number of processes
+    that made the pairs, and where the pictures are gone; its pairs are the teacher's own pictures."""
+    def run(name, *steps, teacher=trained / "ckpt.pt", dataset=trained.parent.parent / "photos", more=()):
+        for n in steps:
+            train.main([*of_method(tmp_path / name, "distill", "--steps", n, "--pairs", "300",
+                                   "--init-from", str(teacher), *more), "--dataset", str(dataset)])
+        return torch.load(tmp_path / name / "out" / "run" / "ckpt.pt", weights_only=True)
+    teacher = torch.load(trained / "ckpt.pt", weights_only=True)
+    still = run("still", "1", more=["--lr", "0"])
+    assert equal(still["model"], teacher["ema"]["0.995"]) and equal(still["rae"], teacher["rae"])
+    assert all(equal(ema, still["model"]) for ema in still["ema"].values()) and len(still["ema"]) == 2
+
+    whole, resumed = run("whole", "4"), run("resumed", "2", "4")
+    assert "encoded 300 pairs" in capsys.readouterr().out
+    assert equal(whole["model"], resumed["model"]) and equal(whole["ema"], resumed["ema"])
+    assert not equal(whole["ema"]["0.995"], whole["ema"]["0.98"])
+    gone = run("gone", "4", dataset=tmp_path / "nowhere", more=["--report", "6"])
+    said = capsys.readouterr()
+    assert "; --method distill goes on without pictures" in " ".join(said.err.split())
+    assert "no quality report: the pictures of photos are not here" in " ".join(said.out.split())
+    assert equal(whole["model"], gone["model"]) and gone["counts"] == [12, 12, 12]
+    assert gone["args"]["pictures"] == teacher["args"]["pictures"]
+
+    latents, folder = [], tmp_path / "two"
+    folder.mkdir()
+    statuses, _, said = processes("train", [
+        *of_method(folder, "distill", "--steps", "4", "--pairs", "300", "--init-from", trained / "ckpt.pt"),
+        "--dataset", trained.parent.parent / "photos"], folder)
+    assert statuses == [0, 0], said
+    two = torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)
+    assert relative_l2(two["model"], whole["model"]) < 1e-5
+    for name in ("whole", "two"):
+        files = sorted((tmp_path / name / "datasets" / "pairs").glob("*/*.f16"))
+        latents.append(torch.cat([torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.float16) for f in files]))
+    assert torch.equal(*latents)
+    noise = next(sample.keyed_noise(("pairs", 0), range(5), (768, 2, 2), True, 1))
+    denoiser, _ = sample.load_denoiser(sample.load_run(trained / "ckpt.pt"), "first", "cpu")
+    decay = sphere.decay(teacher["args"]["sigma"], teacher["args"]["gamma"])
+    drawn = sphere.sample(denoiser, noise.shape, torch.arange(5) % 3, 4, 1.2, decay, iter([noise] * 4), null_class=3)
+    assert torch.allclose(latents[0].view(300, 768, 2, 2)[:5].float(), drawn, atol=2e-3)
+
+    sample.main(["--ckpt", str(tmp_path / "whole" / "out" / "run" / "ckpt.pt"), "--num", "6", "--cfg", "1"])
+    assert "1 steps of distill, guidance 1: NFE 1 a picture" in capsys.readouterr().out
+    run("twice", "1", teacher=tmp_path / "whole" / "out" / "run" / "ckpt.pt")             # a student's student
+
+
 # ---- The network and the run ---------------------------------------------------------------------
 
 def test_the_network_of_the_paper_is_told_no_time():
@@ -245,6 +353,10 @@ def test_a_run_resumed_equals_one_uninterrupted(method, photos, tmp_path):
     ("--sigma means nothing to --method flow", ["--method", "flow", "--sigma", "3"]),
     ("works on pictures: not --rae dinov2-b", ["--method", "sphere-encoder", "--rae", "dinov2-b"]),
     ("differentiates forward", ["--method", "meanflow", "--compile"]),
+    ("--pairs means nothing to --method sphere", ["--pairs", "100"]),
+    ("--teacher-cfg means nothing to --method sphere", ["--teacher-cfg", "2"]),
+    ("--alpha-max means nothing to --method distill", ["--method", "distill", "--alpha-max", "60"]),
+    ("wants a run to learn from: --init-from CKPT", ["--method", "distill"]),
     ("invalid choice: 'diffusion'", ["--method", "diffusion"])])
 def test_flags_that_a_method_does_not_know(message, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

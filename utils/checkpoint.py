@@ -2,6 +2,7 @@
 
 Look here to see what a checkpoint is checked for, and how tensors with other names are loaded.
 """
+import hashlib
 import os
 import re
 import warnings
@@ -123,13 +124,23 @@ def refuse_another_run(out, run, before, recipe, what_changed):
 
 def refuse_another_start(path, init, run, classes):
     """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
-    names = ("method", "model", "rae", "rae_patch", "image_size", "ema_decay")
+    names = ("method", "model", "rae", "rae_patch", "image_size", "spherify", "ema_decay")
+    if run["method"] == "distill":                            # its averages are its teacher's first
+        run = {**run, "method": "sphere", "ema_decay": init["args"]["ema_decay"]}
     other = [f"{name} {init['args'][name]}, not {run[name]}" for name in names
              if init["args"][name] != run[name]]
     if not same_names(init["classes"], classes):
         other.append("other classes")
     if other:
         raise UserError(f"--init-from {path} has {'; '.join(other)}")
+
+
+def hash_of(tensors, start=b""):
+    """A hash of a dict of tensors, with their names."""
+    digest = hashlib.sha256(start)
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def first_not_finite(tensors):

@@ -509,9 +509,10 @@ class LatentCache:
         have = sum(path.stat().st_size for path in self._files().values())
         need, free = cache_bytes(self.manifest) - have, free_bytes(self.folder)
         if free < 1.05 * need:
+            otherwise = ", or encode in every step with --cache-latents no"
             raise UserError(f"the latents need {size_text(need)} but {self.folder} has "
-                            f"{size_text(free)} free: make room, or encode in every step with "
-                            "--cache-latents no")
+                            f"{size_text(free)} free: make room"
+                            + otherwise * (self.what == "pictures"))
         write_json(self.folder / "manifest.json", self.manifest)          # for people to read
 
     def _encode(self, dataset, rae, todo, rank, world):

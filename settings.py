@@ -212,8 +212,9 @@ def check_args(parser, args):
     if METHODS[args.method].forward_mode and (args.compile or args.checkpoint_activations):
         parser.error(f"--method {args.method} differentiates forward, too: no --compile and no "
                      "--checkpoint-activations")
-    if args.method == "distill" and not args.init_from:
-        parser.error("--method distill wants a run to learn from: --init-from CKPT")
+    if args.method == "distill" and (not args.init_from or args.cache_latents != "auto"):
+        parser.error("--method distill wants a run to learn from, --init-from CKPT, and keeps what "
+                     "that makes: no --cache-latents")
     if args.method == "sphere" and not args.consistency and args.reconstruct == "low":
         parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "
                      "both")

@@ -255,6 +255,10 @@ def start_run(args, dataset, rank, world, device):
                    args.weights_dir, (checkpoint or init or {}).get("rae"))
     if distills:
         latents = open_pairs(args, init, rae.latent_shape, rank, world, device)
+        args.teacher = latents.recipe["weights"]
+        if checkpoint and checkpoint["args"].get("teacher") != args.teacher:
+            raise UserError(f"--init-from {args.init_from} is another than when {out} began, or was "
+                            "trained on: give a new --out-dir")
         average = next(iter(init["ema"].values()))
         init |= {"model": average, "ema": {str(decay): average for decay in run["ema_decay"]}}
     else:
@@ -294,6 +298,9 @@ def open_pairs(args, teacher, shape, rank, world, device):
     denoiser, ema = load_denoiser(teacher, "first", device)
     run, num_classes = teacher["args"], len(teacher["classes"])
     cfg = run["cfg"] if args.teacher_cfg is None else args.teacher_cfg
+    if args.pairs < num_classes:
+        raise UserError(f"--pairs {args.pairs} leaves out some of {num_classes} classes: give more")
+    say(f"the teacher: {args.teacher_steps} steps with one noise for all, guidance {cfg:g}")
     recipe = {"weights": hash_of(teacher["ema"][ema]), "dtype": run["dtype"], "seed": args.seed,
               "classes": num_classes, "steps": args.teacher_steps, "cfg": cfg,
               "sigma": run["sigma"], "gamma": run["gamma"]}

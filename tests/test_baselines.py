@@ -270,8 +270,8 @@ def test_the_student_of_a_linear_teacher_becomes_it():
 def test_a_run_is_distilled(trained, tmp_path, capsys):
     """It starts from the teacher's first average, resumes in the same bits, whatever the number of processes
     that made the pairs, and where the pictures are gone; its pairs are the teacher's own pictures."""
-    def run(name, *steps, teacher=trained / "ckpt.pt", dataset=trained.parent.parent / "photos", more=()):
-        for n in steps:
+    def run(name, steps, teacher=trained / "ckpt.pt", dataset=trained.parent.parent / "photos", more=()):
+        for n in steps.split():
             train.main([*of_method(tmp_path / name, "distill", "--steps", n, "--pairs", "300",
                                    "--init-from", str(teacher), *more), "--dataset", str(dataset)])
         return torch.load(tmp_path / name / "out" / "run" / "ckpt.pt", weights_only=True)
@@ -280,7 +280,7 @@ def test_a_run_is_distilled(trained, tmp_path, capsys):
     assert equal(still["model"], teacher["ema"]["0.995"]) and equal(still["rae"], teacher["rae"])
     assert all(equal(ema, still["model"]) for ema in still["ema"].values()) and len(still["ema"]) == 2
 
-    whole, resumed = run("whole", "4"), run("resumed", "2", "4")
+    whole, resumed = run("whole", "4"), run("resumed", "2 4")
     assert "encoded 300 pairs" in capsys.readouterr().out
     assert equal(whole["model"], resumed["model"]) and equal(whole["ema"], resumed["ema"])
     assert not equal(whole["ema"]["0.995"], whole["ema"]["0.98"])
@@ -311,7 +311,21 @@ def test_a_run_is_distilled(trained, tmp_path, capsys):
 
     sample.main(["--ckpt", str(tmp_path / "whole" / "out" / "run" / "ckpt.pt"), "--num", "6", "--cfg", "1"])
     assert "1 steps of distill, guidance 1: NFE 1 a picture" in capsys.readouterr().out
-    run("twice", "1", teacher=tmp_path / "whole" / "out" / "run" / "ckpt.pt")             # a student's student
+
+    def refused(message, *argv, **more):
+        with pytest.raises(SystemExit):
+            run(*argv, **more)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    refused("has method distill, not sphere", "x", "1", tmp_path / "whole" / "out" / "run" / "ckpt.pt")
+    refused("no checkpoint at", "x", "1", tmp_path / "nothing.pt")
+    refused("--pairs 2 leaves out some of 3 classes", "x", "1", more=["--pairs", "2"])
+    changed = tmp_path / "changed.pt"
+    changed.write_bytes((trained / "ckpt.pt").read_bytes())
+    run("again", "1", teacher=changed)
+    teacher["ema"]["0.995"] = teacher["model"]
+    torch.save(teacher, changed)
+    refused("is another than when", "again", "2", changed)
 
 
 # ---- The network and the run ---------------------------------------------------------------------
@@ -356,7 +370,8 @@ def test_a_run_resumed_equals_one_uninterrupted(method, photos, tmp_path):
     ("--pairs means nothing to --method sphere", ["--pairs", "100"]),
     ("--teacher-cfg means nothing to --method sphere", ["--teacher-cfg", "2"]),
     ("--alpha-max means nothing to --method distill", ["--method", "distill", "--alpha-max", "60"]),
-    ("wants a run to learn from: --init-from CKPT", ["--method", "distill"]),
+    ("wants a run to learn from, --init-from CKPT", ["--method", "distill"]),
+    ("no --cache-latents", ["--method", "distill", "--init-from", "x", "--cache-latents", "no"]),
     ("invalid choice: 'diffusion'", ["--method", "diffusion"])])
 def test_flags_that_a_method_does_not_know(message, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

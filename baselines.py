@@ -25,6 +25,8 @@ import sphere
 from model import SiT, SiT_models
 from sphere import (add_noise, distance, fresh_noise, full_precision, guided, over_latents,
                     spherify)
+from utils.cli import UserError
+from utils.processes import say
 
 # ---- Table 3: other noise levels -----------------------------------------------------------------
 
@@ -317,6 +319,21 @@ class Pairs:
         """indices (b,), flips all 0 -> noise and latents (b, 2, C, h, w) float32, labels (b,)."""
         latents, y = self.latents.batch(indices, flips)
         return torch.stack([self.noise(indices), latents.float()], dim=1), y
+
+
+def open_pairs(args, teacher, denoiser, latent_shape, device, noise, keep):
+    """Pairs of a run of train.py and its teacher, a checkpoint with its denoiser."""
+    run, num_classes = teacher["args"], len(teacher["classes"])
+    cfg = run["cfg"] if args.teacher_cfg is None else args.teacher_cfg
+    if args.pairs < num_classes:
+        raise UserError(f"--pairs {args.pairs} leaves out some of {num_classes} classes: give more")
+    say(f"the teacher: {args.teacher_steps} steps with one noise for all, guidance {cfg:g}")
+    recipe = {"weights": args.teacher, "dtype": run["dtype"], "seed": args.seed,
+              "classes": num_classes, "steps": args.teacher_steps, "cfg": cfg,
+              "sigma": run["sigma"], "gamma": run["gamma"]}
+    return Pairs(denoiser, args.teacher_steps, noise, torch.arange(args.pairs) % num_classes,
+                 latent_shape, device, recipe, keep, cfg_scale=cfg,
+                 sigma=sphere.decay(run["sigma"], run["gamma"]), null_class=num_classes)
 
 
 # ---- Which there are -----------------------------------------------------------------------------

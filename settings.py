@@ -68,7 +68,8 @@ TABLE = [                           # a text starts a group of --help
     ("latent_consistency", 0.0, AMOUNT, SAME, "factor of Eq. 4; the paper drops it"),
     ("spherify", True, bool, SAME, "the identity in the place of f, in training and in sampling"),
     ("init_from", None, str, SAME,
-     "CKPT: start from the weights, averages and autoencoder of another run, at step 0"),
+     "CKPT: start from the weights, averages and autoencoder of another run, at step 0; its "
+     "classes may be others"),
     ("pairs", 10_000, number(int, 1, 10 ** 8), SAME,
      "distill: of noise and what the run of --init-from makes of it"),
     ("teacher_steps", 4, number(int, 1, 1000), SAME, "distill: in so many steps"),

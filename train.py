@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 import settings
 import sphere
-from baselines import METHODS, NOISE, Pairs, build_network, variant
+from baselines import METHODS, NOISE, build_network, open_pairs, variant
 from data import Unseen, describe, load_dataset
 from laptop import report  # laptop
 from model import SiT
 from rae import AUTOENCODERS, LatentCache, open_latents, open_rae, picture_sides
 from sample import draw, keyed_noise, load_denoiser, load_run, predict, sampling_settings
-from utils.checkpoint import (first_not_finite, hash_of, refuse_another_run,
+from utils.checkpoint import (first_not_finite, for_classes, hash_of, refuse_another_run,
                               refuse_another_start, save_tensors)
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
@@ -242,24 +242,26 @@ def run_on(args, dataset):
 def start_run(args, dataset, rank, world, device):
     """Autoencoder, latents, model: new, or as the checkpoint has them; then the training."""
     out, num_classes = Path(args.out_dir), len(dataset.classes)
-    run = settings.defining(vars(args))
+    run, distills = settings.defining(vars(args)), args.method == "distill"
     checkpoint = load_run(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
+    init = load_run(args.init_from) if args.init_from and (distills or not checkpoint) else None
+    if distills:
+        average = next(iter(init["ema"].values()))            # teacher, and first weights
+        run["teacher"] = args.teacher = hash_of(average)
     if checkpoint:
         refuse_another_run(out, run, checkpoint["args"], dataset.recipe,
                            lambda: what_changed(out / "pictures.json", dataset))
-    distills = args.method == "distill"
-    init = load_run(args.init_from) if args.init_from and (distills or not checkpoint) else None
     if init:
         refuse_another_start(args.init_from, init, run, dataset.classes)
+        init = for_classes(init, dataset.classes)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
                    args.weights_dir, (checkpoint or init or {}).get("rae"))
     if distills:
-        latents = open_pairs(args, init, rae.latent_shape, rank, world, device)
-        args.teacher = latents.recipe["weights"]
-        if checkpoint and checkpoint["args"].get("teacher") != args.teacher:
-            raise UserError(f"--init-from {args.init_from} is another than when {out} began, or was "
-                            "trained on: give a new --out-dir")
-        average = next(iter(init["ema"].values()))
+        latents = open_pairs(
+            args, init, load_denoiser(init, "first", device)[0], rae.latent_shape, device,
+            lambda i: next(keyed_noise(("pairs", args.seed), i, rae.latent_shape, True, 1)),
+            lambda pairs: LatentCache(pairs, pairs, Path(args.data_dir) / "pairs", rank, world,
+                                      flips=False, what="pairs"))
         init |= {"model": average, "ema": {str(decay): average for decay in run["ema_decay"]}}
     else:
         latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
@@ -291,26 +293,6 @@ def start_run(args, dataset, rank, world, device):
         f"{learner.micro} pictures, {args.steps * args.batch_size / N:.1f} epochs"
         + f"; resuming {out} at step {start}" * bool(start))
     train(args, learner, dataset, rae, latents, start, rank)
-
-
-def open_pairs(args, teacher, shape, rank, world, device):
-    """For --method distill: what another run, a checkpoint, makes of noise. Kept in data_dir."""
-    denoiser, ema = load_denoiser(teacher, "first", device)
-    run, num_classes = teacher["args"], len(teacher["classes"])
-    cfg = run["cfg"] if args.teacher_cfg is None else args.teacher_cfg
-    if args.pairs < num_classes:
-        raise UserError(f"--pairs {args.pairs} leaves out some of {num_classes} classes: give more")
-    say(f"the teacher: {args.teacher_steps} steps with one noise for all, guidance {cfg:g}")
-    recipe = {"weights": hash_of(teacher["ema"][ema]), "dtype": run["dtype"], "seed": args.seed,
-              "classes": num_classes, "steps": args.teacher_steps, "cfg": cfg,
-              "sigma": run["sigma"], "gamma": run["gamma"]}
-    return Pairs(denoiser, args.teacher_steps,
-                 lambda indices: next(keyed_noise(("pairs", args.seed), indices, shape, True, 1)),
-                 torch.arange(args.pairs) % num_classes, shape, device, recipe,
-                 lambda pairs: LatentCache(pairs, pairs, Path(args.data_dir) / "pairs", rank, world,
-                                           flips=False, what="pairs"),
-                 cfg_scale=cfg, sigma=sphere.decay(run["sigma"], run["gamma"]),
-                 null_class=num_classes)
 
 
 def train(args, learner, dataset, rae, latents, start, rank):

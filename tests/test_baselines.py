@@ -325,7 +325,7 @@ def test_a_run_is_distilled(trained, tmp_path, capsys):
     run("again", "1", teacher=changed)
     teacher["ema"]["0.995"] = teacher["model"]
     torch.save(teacher, changed)
-    refused("is another than when", "again", "2", changed)
+    refused("holds another run (teacher ", "again", "2", changed)
 
 
 # ---- The network and the run ---------------------------------------------------------------------

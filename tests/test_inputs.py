@@ -19,7 +19,7 @@ import utils.images
 from conftest import ROOT, fit_rae, train_args
 from data import describe, load_dataset
 from rae import LatentCache
-from utils.checkpoint import refuse_another_start
+from utils.checkpoint import for_classes, refuse_another_start
 from utils.cli import UserError, class_numbers, same_names
 from utils.files import file_hash, locked
 from utils.images import open_folder, picture_files, read_picture
@@ -268,7 +268,7 @@ def test_pages_placeholders_and_giants(photos, tmp_path):
         read_picture(photos / "left" / "1.ppm")
 
 
-RUN = dict.fromkeys(("method", "model", "rae", "rae_patch", "image_size", "ema_decay"))
+RUN = {"method": "distill", **dict.fromkeys(("model", "rae", "rae_patch", "image_size", "spherify", "ema_decay"))}
 
 
 def test_letters_of_a_mac(tmp_path):
@@ -278,9 +278,16 @@ def test_letters_of_a_mac(tmp_path):
     mac, held = (load_dataset(str(tmp_path / name), 16, root=tmp_path) for name in ("mac", "held"))
     assert mac.classes == [decomposed, "Rose"] and same_names(mac.classes, held.classes)
     assert not same_names(mac.classes, ["Rose", composed])
-    refuse_another_start("x", {"args": RUN, "classes": mac.classes}, RUN, held.classes)
+    teacher = {"args": {**RUN, "method": "sphere"}, "classes": mac.classes}
+    refuse_another_start("x", teacher, RUN, held.classes)
     with pytest.raises(UserError, match="other classes"):
-        refuse_another_start("x", {"args": RUN, "classes": mac.classes}, RUN, ["Rose", composed])
+        refuse_another_start("x", teacher, RUN, ["Rose", composed])
+    table = torch.arange(6.0).view(3, 2)                      # and that of no class
+    weights = {"y_embedder.weight": table, "other": table}
+    found = for_classes({**teacher, "model": weights, "ema": {"0.9": weights}}, ["lily", composed, "Rose", "iris"])
+    by_hand = torch.tensor([[1.0, 2], [0, 1], [2, 3], [1, 2], [4, 5]])
+    for state in (found["model"], found["ema"]["0.9"]):
+        assert torch.equal(state["y_embedder.weight"], by_hand) and state["other"] is table
 
 
 def test_links_are_followed_once_and_what_is_there_goes_first(tmp_path):

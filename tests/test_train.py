@@ -14,7 +14,7 @@ import rae
 import sample
 import settings
 import train
-from conftest import ROOT, TINY, equal, relative_l2, train_args, processes
+from conftest import ROOT, TINY, equal, make_photos, processes, relative_l2, train_args
 from data import InMemory
 from utils.checkpoint import ALWAYS, completed
 from utils.cli import UserError
@@ -298,6 +298,15 @@ def test_a_run_starts_from_another(trained, tmp_path, capsys):
     assert start("--steps", "2", "--lr", "0")["step"] == 2    # resumed, not begun again
     fails(capsys, 1, "init_from", [*train_args(folder, "--steps", "3", "--lr", "0", "--ema-decay", "0.995", "0.1"),
                                    "--out-dir", str(tmp_path / "on")])
+    make_photos(tmp_path / "others", classes=("bottom", "right"))          # two other classes, one of them known
+    train.main([*train_args(folder, "--ema-decay", "0.995", "0.1", "--init-from", str(trained / "ckpt.pt"), "--lr", "0",
+                            "--steps", "1"), "--out-dir", str(tmp_path / "tuned"), "--dataset", str(tmp_path / "others")])
+    tuned = torch.load(tmp_path / "tuned" / "ckpt.pt", weights_only=True)
+    before, after = first["model"].pop("y_embedder.weight"), tuned["model"].pop("y_embedder.weight")
+    assert tuned["classes"] == ["bottom", "right"] and equal(tuned["model"], first["model"])
+    assert torch.equal(after, torch.stack([before[:3].mean(0), before[1], before[3]]))
+    assert equal(tuned["rae"], first["rae"])
+
     for flags, message in ((["--model", "SiT-S/1"], "has model SiT-2/1, not SiT-S/1"),
                            (["--rae-patch", "8"], "has rae_patch 16, not 8"),
                            (["--method", "sphere-encoder"], "has method sphere, not sphere-encoder"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UserError, fits, one_line, same_names
+from utils.cli import UserError, fits, one_line, same_letters, same_names
 from utils.files import write_whole
 
 
@@ -113,8 +113,8 @@ def refuse_another_run(out, run, before, recipe, what_changed):
 
     run: the settings that define a run; before: those of the checkpoint; recipe: of the pictures.
     """
-    changed = [f"{name} {before[name]} -> {value}" for name, value in run.items()
-               if before[name] != value]
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in run.items()
+               if before.get(name) != value]
     if before["pictures"] != recipe and not changed:
         changed = [what_changed()]
     if changed:
@@ -125,14 +125,31 @@ def refuse_another_run(out, run, before, recipe, what_changed):
 def refuse_another_start(path, init, run, classes):
     """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
     names = ("method", "model", "rae", "rae_patch", "image_size", "spherify", "ema_decay")
-    if run["method"] == "distill":                            # its averages are its teacher's first
+    distills = run["method"] == "distill"
+    if distills:                                              # its averages are its teacher's first
         run = {**run, "method": "sphere", "ema_decay": init["args"]["ema_decay"]}
     other = [f"{name} {init['args'][name]}, not {run[name]}" for name in names
              if init["args"][name] != run[name]]
-    if not same_names(init["classes"], classes):
+    if distills and not same_names(init["classes"], classes):
         other.append("other classes")
     if other:
         raise UserError(f"--init-from {path} has {'; '.join(other)}")
+
+
+def for_classes(checkpoint, classes):
+    """Its weights and averages for other classes: one of the same name keeps its embedding, any
+    other begins at the mean of all, and the last is still that of no class."""
+    names = [same_letters(name) for name in checkpoint["classes"]]
+
+    def changed(state):
+        def table(old):                                       # (classes + 1, D)
+            known = {name: row for name, row in zip(names, old)}
+            rows = [known.get(same_letters(name), old[:-1].mean(0)) for name in classes]
+            return torch.stack([*rows, old[-1]])
+        return {key: table(value) if key.endswith("y_embedder.weight") else value
+                for key, value in state.items()}
+    return {**checkpoint, "model": changed(checkpoint["model"]),
+            "ema": {decay: changed(ema) for decay, ema in checkpoint["ema"].items()}}
 
 
 def hash_of(tensors, start=b""):

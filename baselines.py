@@ -5,7 +5,8 @@
     python train.py --method sphere-encoder --rae pixels        # Sphere Encoder, on pictures
     python train.py --noise-dist uniform                # Table 3; also --reconstruct both
     python train.py --no-spherify                       # Table 3
-    python train.py --method distill --init-from CKPT   # ours: a run's sampler in one step
+    python train.py --method distill --init-from CKPT   # ours: a run's sampler in one step; with
+                                                        # that run's --dataset, --rae and --model
 
 Each method is two functions of tensors like sphere.py's: training_losses, from a denoiser and a
 batch, and sample. METHODS and NOISE, at the end, are what train.py and sample.py choose from.
@@ -13,6 +14,7 @@ batch, and sample. METHODS and NOISE, at the end, are what train.py and sample.p
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,10 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sphere
 from model import SiT, SiT_models
+from rae import LatentCache
 from sphere import (add_noise, distance, fresh_noise, full_precision, guided, over_latents,
                     spherify)
+from utils.checkpoint import hash_of
 from utils.cli import UserError
-from utils.processes import say
+from utils.processes import keyed_generator, say
 
 # ---- Table 3: other noise levels -----------------------------------------------------------------
 
@@ -289,28 +293,40 @@ def distill_losses(denoiser, pair, y, sigma_hi, sigma_lo, eps):
 
 
 class Pairs:
-    """Noise number i and what Algorithm 1 makes of it with one noise for all steps, in the place of
-    a data set's latents. Its label is i mod num_classes.
+    """Noise number i and what Algorithm 1 makes of it, in the place of a data set's latents.
 
-    denoiser, steps, sampling: as of sphere.sample; noise(indices) -> (b, *latent_shape); keep(self)
-    -> rae.LatentCache, which asks for labels and recipe as of a data set (load(range) is its
-    numbers), and for encode and fingerprint as of an autoencoder.
+    With one noise for all steps sampling is a deterministic map from noise to latent. The label of
+    number i is i mod num_classes. Two roles for rae.LatentCache, which keeps the latents: a data
+    set whose pictures are the numbers 0 .. n - 1, and an autoencoder that makes latents of those.
+    denoiser, steps, sampling: as of sphere.sample; recipe: what else makes the latents.
     """
 
-    def __init__(self, denoiser, steps, noise, labels, latent_shape, device, recipe, keep,
-                 **sampling):
-        self.denoiser, self.steps, self.noise, self.sampling = denoiser, steps, noise, sampling
-        self.labels, self.latent_shape, self.device = labels, latent_shape, device
-        self.name, self.recipe, self.load = "pairs", recipe, torch.as_tensor
-        self.latents = keep(self)
+    def __init__(self, denoiser, steps, n, num_classes, seed, latent_shape, device, recipe, root,
+                 rank=0, world=1, **sampling):
+        self.denoiser, self.steps, self.sampling = denoiser, steps, sampling
+        self.seed, self.latent_shape, self.device = seed, latent_shape, device
+        self.name, self.labels = "pairs", torch.arange(n) % num_classes
+        self.recipe = {**recipe, "steps": steps, "seed": seed, "classes": num_classes,
+                       "first noise": hash_of({"0": self.noise([0])})}
+        self.latents = LatentCache(self, self, root, rank, world, flips=False, what="pairs")
+        self.denoiser = None                                  # its memory is no longer needed
+
+    def noise(self, indices):
+        """-> (b, C, h, w), on the CPU. Drawn again when it is needed: half as much on the disk."""
+        return torch.stack([torch.randn(self.latent_shape, generator=keyed_generator(
+            "pair", self.seed, int(i))) for i in indices])
+
+    def load(self, indices):
+        return torch.as_tensor(indices)
 
     def encode(self, indices):
-        noise, y = self.noise(indices).to(self.device), self.labels[indices.cpu()].to(self.device)
+        indices = indices.cpu()
+        noise, y = self.noise(indices).to(self.device), self.labels[indices].to(self.device)
         return sphere.sample(self.denoiser, noise.shape, y, self.steps,
                              noise=itertools.repeat(noise), **self.sampling)
 
     def fingerprint(self):
-        return "noise"                                        # the recipe tells noises apart
+        return "a teacher"                                    # which one, the recipe says
 
     def __len__(self):
         return len(self.labels)
@@ -321,18 +337,17 @@ class Pairs:
         return torch.stack([self.noise(indices), latents.float()], dim=1), y
 
 
-def open_pairs(args, teacher, denoiser, latent_shape, device, noise, keep):
-    """Pairs of a run of train.py and its teacher, a checkpoint with its denoiser."""
+def open_pairs(args, teacher, denoiser, latent_shape, device, rank, world):
+    """args: the student's settings; teacher: the checkpoint; denoiser: its first average."""
     run, num_classes = teacher["args"], len(teacher["classes"])
     cfg = run["cfg"] if args.teacher_cfg is None else args.teacher_cfg
     if args.pairs < num_classes:
         raise UserError(f"--pairs {args.pairs} leaves out some of {num_classes} classes: give more")
     say(f"the teacher: {args.teacher_steps} steps with one noise for all, guidance {cfg:g}")
-    recipe = {"weights": args.teacher, "dtype": run["dtype"], "seed": args.seed,
-              "classes": num_classes, "steps": args.teacher_steps, "cfg": cfg,
+    recipe = {"weights": args.teacher_sha256, "dtype": run["dtype"], "cfg": cfg,
               "sigma": run["sigma"], "gamma": run["gamma"]}
-    return Pairs(denoiser, args.teacher_steps, noise, torch.arange(args.pairs) % num_classes,
-                 latent_shape, device, recipe, keep, cfg_scale=cfg,
+    return Pairs(denoiser, args.teacher_steps, args.pairs, num_classes, args.seed, latent_shape,
+                 device, recipe, Path(args.data_dir) / "pairs", rank, world, cfg_scale=cfg,
                  sigma=sphere.decay(run["sigma"], run["gamma"]), null_class=num_classes)
 
 
@@ -346,26 +361,27 @@ class Method(NamedTuple):
     sampling: tuple                                           # what its sampler is told
     network: dict = {}                                        # in what it differs from SiT
     times: Callable = None                                    # in the place of noise levels
-    levels: int = 2                                           # at which a call has each example
+    levels: int = 2                                           # copies of a batch in one call
+    draws_noise: bool = True                                  # each step, for training_losses
     forward_mode: bool = False                                # does it need forward derivatives?
 
 
 OF_SPHERE = ("noise_dist", "p_mean", "p_std", "alpha_max", "alpha_mix", "mix_prob", "consistency",
-             "sigma", "sampling_noise")
+             "sigma", "sampling_noise", "cfg")
 METHODS = {
     "sphere": Method(sphere.training_losses, sphere.sample,
                      (*OF_SPHERE, "reconstruct", "latent_consistency", "spherify"),
                      ("cfg_scale", "gamma", "noise", "sigma")),
-    "flow": Method(flow_losses, flow_sample, ("p_mean", "p_std"), ("cfg_scale", "solver"),
+    "flow": Method(flow_losses, flow_sample, ("p_mean", "p_std", "cfg"), ("cfg_scale", "solver"),
                    {"kind": TimedSiT, "num_times": 1}, partial(times, r_equals_t=1.0),
                    levels=1),
-    "meanflow": Method(meanflow_losses, meanflow_sample, ("p_mean", "p_std"), ("cfg_scale",),
+    "meanflow": Method(meanflow_losses, meanflow_sample, ("p_mean", "p_std", "cfg"), ("cfg_scale",),
                        {"kind": TimedSiT, "num_times": 2}, times, forward_mode=True),
     "sphere-encoder": Method(sphere_encoder_losses, sphere_encoder_sample, OF_SPHERE,
                              ("cfg_scale", "gamma", "noise", "sigma"), {"kind": SphereEncoder}),
     "distill": Method(distill_losses, sphere.sample,
                       ("sigma", "sampling_noise", "pairs", "teacher_steps", "teacher_cfg"),
-                      ("cfg_scale", "gamma", "noise", "sigma"), levels=1),
+                      ("gamma", "noise", "sigma"), levels=1, draws_noise=False),
 }
 
 

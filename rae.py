@@ -457,18 +457,19 @@ class LatentCache:
     (n, flips, C, h, w) of float16.
 
     A file is there whole or not at all and has its checksum in its name, so the same command
-    resumes an interrupted encoding, in which the processes take the files in turn. What is damaged
-    is encoded again. A folder is filled by one run at a time; others wait.
+    resumes an interrupted encoding, in which the processes take the files in turn. What is found
+    damaged is encoded again; beyond 8 GB only `check` looks. A folder is filled by one run at a
+    time; others wait.
     """
     part = 256                                                # pictures; always the same together
-    small = 8e9                                               # bytes that are checked at each start
+    checked_below = 8e9                                       # bytes: at each start
 
     def __init__(self, dataset, rae, root, rank=0, world=1, flips=True, check=False,
                  what="pictures"):
         self.labels, self.what = dataset.labels, what
         self.folder, self.manifest = cache_of(dataset, rae, root, flips)
         self.shape = tuple(self.manifest["shape"][1:])        # of a picture: (flips, C, h, w)
-        N, check = len(self.labels), check or cache_bytes(self.manifest) < self.small
+        N, check = len(self.labels), check or cache_bytes(self.manifest) < self.checked_below
         self.parts = [range(i, min(i + self.part, N)) for i in range(0, N, self.part)]
         files, mine = self._files(), range(rank, len(self.parts), world)
         damaged = [c for c in mine if check and c in files and not self._is_whole(files[c])]

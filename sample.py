@@ -58,8 +58,9 @@ def network_of(checkpoint):
     """Returns its network, with random weights, and the (C, h, w) of its latents."""
     args, state = checkpoint["args"], checkpoint["model"]
     prefix = "encoder." if "encoder.pos_embed" in state else ""           # Sphere Encoder's
-    side = round(state[f"{prefix}pos_embed"].shape[1] ** 0.5)
-    shape = (state[f"{prefix}x_embedder.weight"].shape[1], side, side)
+    C, patch = state[f"{prefix}x_embedder.weight"].shape[1:3]
+    side = round(state[f"{prefix}pos_embed"].shape[1] ** 0.5) * patch
+    shape = (C, side, side)
     return build_network(args["method"], args["model"], shape, len(checkpoint["classes"])), shape
 
 
@@ -227,7 +228,8 @@ def main(argv=None):
         settings["sigma"] = lambda t, T: args.sigmas[t - 1]
     num = args.num or (min(len(wanted), 10) if args.trajectory else
                        40 if len(wanted) > 40 else len(wanted) * min(4, 40 // len(wanted)))
-    nfe = (steps * (1 if settings["cfg_scale"] == 1 else 2)
+    cfg_scale = settings.get("cfg_scale", 1)
+    nfe = (steps * (1 if cfg_scale == 1 else 2)
            * (2 if settings.get("solver") == "heun" else 1))
 
     # The processes take the batches in turn; the first one writes the pictures in their order.
@@ -251,7 +253,7 @@ def main(argv=None):
     print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
           f"{num} pictures of {len(names)} classes {'by their shares' if shares else 'in turn'}: "
           f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}\n"
-          f"{steps} steps of {run['method']}, guidance {settings['cfg_scale']:g}: "
+          f"{steps} steps of {run['method']}, guidance {cfg_scale:g}: "
           f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, "
           f"{num / seconds:.1f} images/s on {world} x {device.type}\n{out}")
 
@@ -259,7 +261,8 @@ def main(argv=None):
 def check_given(given, settings, steps):
     """UserError: flags that mean nothing to the run's method, or that do not fit together."""
     if others := given.keys() - settings.keys():
-        names = sorted("--sampling-noise" if k == "noise" else f"--{k}" for k in others)
+        flags = {"noise": "--sampling-noise", "cfg_scale": "--cfg"}
+        names = sorted(flags.get(k, f"--{k}") for k in others)
         raise UserError(f"{', '.join(names)}: means nothing to a run of --method "
                         f"{settings['method']}")
     if isinstance(given.get("sigma"), list):

@@ -71,9 +71,9 @@ TABLE = [                           # a text starts a group of --help
      "CKPT: start from the weights, averages and autoencoder of another run, at step 0; its "
      "classes may be others"),
     ("pairs", 10_000, number(int, 1, 10 ** 8), SAME,
-     "distill: of noise and what the run of --init-from makes of it"),
-    ("teacher_steps", 4, number(int, 1, 1000), SAME, "distill: in so many steps"),
-    ("teacher_cfg", None, AMOUNT, SAME, "distill: with this guidance (default: that run's own)"),
+     "distill: number of noises, each with what the run of --init-from makes of it"),
+    ("teacher_steps", 4, number(int, 1, 1000), SAME, "distill: sampling steps of that run"),
+    ("teacher_cfg", None, AMOUNT, SAME, "distill: its guidance (default: its own)"),
 
     "optimisation (AdamW)",
     ("steps", None, COUNT, ANY, "steps in all; raise it to continue a finished run"),
@@ -138,7 +138,7 @@ BY_DATASET["toy"] = dict(rae="toy", **toy.SETTINGS_OF_FLOWERS)  # laptop
 BY_METHOD = {
     "meanflow":       dict(p_mean=-0.4),                                  # of its paper
     "sphere-encoder": dict(rae="pixels", noise_dist="sphere-encoder"),
-    # Ours: one step without guidance from one noise. The rates stay those of the training.
+    # Ours. The teacher's guidance is in what is learnt: none of its own, so no label is dropped.
     "distill":        dict(cfg=1.0, sample_steps=1, sampling_noise="same", class_dropout_prob=0.0,
                            flips=False),
 }

@@ -27,8 +27,8 @@ from baselines import METHODS, NOISE, build_network, open_pairs, variant
 from data import Unseen, describe, load_dataset
 from laptop import report  # laptop
 from model import SiT
-from rae import AUTOENCODERS, LatentCache, open_latents, open_rae, picture_sides
-from sample import draw, keyed_noise, load_denoiser, load_run, predict, sampling_settings
+from rae import AUTOENCODERS, open_latents, open_rae, picture_sides
+from sample import draw, load_denoiser, load_run, predict, sampling_settings
 from utils.checkpoint import (first_not_finite, for_classes, hash_of, refuse_another_run,
                               refuse_another_start, save_tensors)
 from utils.cli import UserError, log_line, printable
@@ -98,8 +98,9 @@ class Learner:
                      for decay in self.run["ema_decay"]]
 
     def draw_inputs(self, latents, step, m):
-        """Returns z (b, C, h, w) float16 and y, sigma_hi, sigma_lo (or times t, r) and drop, (b,)
-        each, of micro-batch m of a step. A function of (seed, step, m): a thread asks ahead."""
+        """Returns z (b, C, h, w) float16 (or baselines.Pairs) and y, sigma_hi, sigma_lo (or times
+        t, r) and drop, (b,) each, of micro-batch m of a step. A function of (seed, step, m): a
+        thread asks ahead."""
         run, n = self.run, self.run["batch_size"]
         # What is small is drawn for the global batch; then each process takes its part.
         g = keyed_generator("batch", run["seed"], step)
@@ -132,7 +133,8 @@ class Learner:
             return self.ddp_model(v, y, *more, drop=drop.repeat(len(v) // len(drop)))
 
     def add_gradients(self, step, batches, to_log=False):
-        """Forward and backward. Returns sums over the batch for the log: losses, and by angle.
+        """Forward and backward. Returns for the log this process's share of the mean losses, and
+        sums and counts by angle.
 
         batches: an iterator of what draw_inputs returns.
         """
@@ -145,7 +147,7 @@ class Learner:
             self.waited += time.perf_counter() - started
             z, y, hi, lo, dropped = (t.to(self.device, non_blocking=True) for t in batch)
             z = z.float()
-            noise = [self.draw_noise("eps", step, m, z)]
+            noise = [self.draw_noise("eps", step, m, z) if self.method.draws_noise else None]
             if self.run["latent_consistency"]:
                 noise.append(self.draw_noise("eps again", step, m, z))
             last = m == self.accumulate - 1                   # only then gradients are averaged
@@ -214,11 +216,12 @@ def main(argv=None):
     with first_process_first(rank):
         try:
             dataset = load_dataset(args.dataset, *sides, args.data_dir, args.split, args.skip_bad)
-        except UserError as error:
-            if args.method != "distill":
+        except UserError as error:                            # the teacher's may be gone
+            teacher = load_run(args.init_from) if args.method == "distill" else None
+            if not teacher or args.dataset != teacher["args"]["dataset"]:
                 raise
             note(f"{error}; --method distill goes on without pictures")
-            dataset = Unseen(load_run(args.init_from))
+            dataset = Unseen(teacher)
     run_on(args, dataset)
 
 
@@ -247,21 +250,18 @@ def start_run(args, dataset, rank, world, device):
     init = load_run(args.init_from) if args.init_from and (distills or not checkpoint) else None
     if distills:
         average = next(iter(init["ema"].values()))            # teacher, and first weights
-        run["teacher"] = args.teacher = hash_of(average)
+        run["teacher_sha256"] = args.teacher_sha256 = hash_of(average)
     if checkpoint:
         refuse_another_run(out, run, checkpoint["args"], dataset.recipe,
                            lambda: what_changed(out / "pictures.json", dataset))
     if init:
         refuse_another_start(args.init_from, init, run, dataset.classes)
-        init = for_classes(init, dataset.classes)
+        init = init if distills else for_classes(init, dataset.classes)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
                    args.weights_dir, (checkpoint or init or {}).get("rae"))
     if distills:
-        latents = open_pairs(
-            args, init, load_denoiser(init, "first", device)[0], rae.latent_shape, device,
-            lambda i: next(keyed_noise(("pairs", args.seed), i, rae.latent_shape, True, 1)),
-            lambda pairs: LatentCache(pairs, pairs, Path(args.data_dir) / "pairs", rank, world,
-                                      flips=False, what="pairs"))
+        latents = open_pairs(args, init, load_denoiser(init, "first", device)[0],
+                             rae.latent_shape, device, rank, world)
         init |= {"model": average, "ema": {str(decay): average for decay in run["ema_decay"]}}
     else:
         latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
@@ -283,7 +283,7 @@ def start_run(args, dataset, rank, world, device):
                       compile and compiles(args.compile, device), args.checkpoint_activations)
     if checkpoint or init:
         learner.load(checkpoint or init, with_optimizer=bool(checkpoint))
-        checkpoint = init = None                              # their tensors are no longer needed
+        checkpoint = init = average = None                    # their tensors are no longer needed
     C, side, _ = rae.latent_shape
     parameters = sum(p.numel() for p in learner.raw_model.parameters())
     say(f"latents {C} x {side} x {side}, L = {C * side ** 2:,}, "

@@ -111,9 +111,9 @@ class PretrainedEncoder(nn.Module):
         return self.maps(images, [self.spec["stage"]])[0]
 
     def early(self, images):
-        side = images.shape[2] // self.spec["multiple"] * self.spec["multiple"]
-        if side != images.shape[2]:
-            images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+        sides = [side // self.spec["multiple"] * self.spec["multiple"] for side in images.shape[2:]]
+        if sides != list(images.shape[2:]):                   # height and width are cropped apart
+            images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
         return self.maps(images, self.spec["early"])
 
     def forward(self, images):
@@ -121,8 +121,8 @@ class PretrainedEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """(B, C, 8, 8) -> (B, 3, S, S). Copying between two convolutions leaves no checkerboard. Who
-    changes what it makes of the same weights renames one, or old ones would be loaded wrongly."""
+    """(B, C, 8, 8) -> (B, 3, S, S). Copying between two convolutions leaves no checkerboard. If
+    you change what it makes of the same weights, rename one, so that old files are refused."""
 
     def __init__(self, channels, image_size, width=256):
         super().__init__()
@@ -265,8 +265,9 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
         z = (z + sigma * torch.randn(z.shape, generator=g)).to(device)
         decoded = decoder(z * rae.std + rae.latent_mean)
         l1 = (decoded - target).abs().mean()
-        dy, dx = torch.randint(8, (2,), generator=g).tolist()          # shifted, or the encoder's
-        decoded, target = decoded[..., dy:, dx:], target[..., dy:, dx:]   # strides print their grid
+        # Cropped by 0 to 7 pixels: else the encoder's strides would print a grid of 8 pixels.
+        dy, dx = torch.randint(8, (2,), generator=g).tolist()
+        decoded, target = decoded[..., dy:, dx:], target[..., dy:, dx:]
         with torch.no_grad():
             wanted = rae.encoder.early(target)
         found = rae.encoder.early(decoded)
@@ -299,9 +300,8 @@ def relative_l1(a, b):
 
 
 def local_rms(maps):
-    """(b, C, h, w) -> how much there is of each feature about a place, wherever it is exactly: fine
-    structure cannot be guessed from the latent pixel by pixel, and L1 alone averages it away.
-    """
+    """(b, C, h, w) -> the RMS of each feature in windows of 4 x 4, every second place: how much
+    texture there is, not where exactly, which the latent does not know and L1 averages away."""
     return (F.avg_pool2d(maps.square(), min(4, *maps.shape[2:]), stride=2) + 1e-6).sqrt()
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from baselines import METHODS
 from data import DATASETS, load_dataset
 from fid import NETWORKS, frechet_of_features, principal_components
 from rae import AUTOENCODERS, load_rae, picture_sides
@@ -185,6 +186,8 @@ def report_of_run(path, held_out=None, features=None, data_dir="datasets", batch
     if run["dataset"] not in DATASETS and not Path(run["dataset"]).exists():
         raise UserError(f"the pictures of the run, its --dataset {run['dataset']}, are not found "
                         f"from {Path.cwd()}: start from the folder in which it was trained")
+    if cfg not in (None, 1) and "cfg" not in METHODS[run["method"]].flags:
+        raise UserError(f"--cfg: means nothing to a run of --method {run['method']}")
     run["cfg"] = run["cfg"] if cfg is None else cfg
     rae = load_rae(checkpoint["rae"], device, run["weights_dir"])
     sides = picture_sides(rae.name, rae.image_size, run["rae_patch"])

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [{"utils", "utils.cli"}, {"utils.processes"}, {"utils.files"}, {"utils.images", "utils.checkpoint"},
-          {"sphere", "model"}, {"baselines", "laptop.toy"}, {"data", "laptop.lite0"}, {"rae"}, {"settings"},
+          {"sphere", "model"}, {"laptop.toy"}, {"data", "laptop.lite0"}, {"rae"}, {"baselines"}, {"settings"},
           {"sample", "fid"}, {"laptop.report"}, {"train"}, {"flops", "explore"}]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path

@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+import model
 import sample
+import train
 from conftest import ROOT, make_photos, train_args
 from utils.images import picture_grid
 
@@ -154,3 +156,11 @@ def test_one_class_trains_and_samples(tmp_path):
     train.main(train_args(tmp_path, "--steps", "2"))
     found = pictures(tmp_path / "out" / "run", tmp_path / "s.npz", "--num", "2", "--cfg", "2")
     assert found["labels"].tolist() == [0, 0]
+
+
+def test_a_size_with_larger_patches_samples_too(photos, monkeypatch, tmp_path, capsys):
+    """What train.py saves sample.py loads: the side of the latent is not that of the map of tokens."""
+    monkeypatch.setitem(model.SiT_models, "SiT-2/2", model.preset(patch_size=2, hidden_size=32, depth=2, num_heads=2))
+    train.main([*train_args(tmp_path, "--steps", "1"), "--model", "SiT-2/2"])
+    sample.main(["--ckpt", str(tmp_path / "out" / "run" / "ckpt.pt"), "--num", "3", "--device", "cpu"])
+    assert "3 pictures of 3 classes" in capsys.readouterr().out

@@ -126,7 +126,7 @@ def refuse_another_start(path, init, run, classes):
     """UserError: the checkpoint `init` is of another kind than the run that starts from it."""
     names = ("method", "model", "rae", "rae_patch", "image_size", "spherify", "ema_decay")
     distills = run["method"] == "distill"
-    if distills:                                              # its averages are its teacher's first
+    if distills:                                # all its averages begin as the first of the teacher
         run = {**run, "method": "sphere", "ema_decay": init["args"]["ema_decay"]}
     other = [f"{name} {init['args'][name]}, not {run[name]}" for name in names
              if init["args"][name] != run[name]]
@@ -137,18 +137,18 @@ def refuse_another_start(path, init, run, classes):
 
 
 def for_classes(checkpoint, classes):
-    """Its weights and averages for other classes: one of the same name keeps its embedding, any
-    other begins at the mean of all, and the last is still that of no class."""
+    """A checkpoint's weights, averages and autoencoder, for other classes: one of the same name
+    keeps its embedding, any other begins at the mean of all, the last is still that of no class."""
     names = [same_letters(name) for name in checkpoint["classes"]]
 
     def changed(state):
         def table(old):                                       # (classes + 1, D)
-            known = {name: row for name, row in zip(names, old)}
-            rows = [known.get(same_letters(name), old[:-1].mean(0)) for name in classes]
+            known, new = dict(zip(names, old)), old[:-1].mean(0)
+            rows = [known.get(same_letters(name), new) for name in classes]
             return torch.stack([*rows, old[-1]])
         return {key: table(value) if key.endswith("y_embedder.weight") else value
                 for key, value in state.items()}
-    return {**checkpoint, "model": changed(checkpoint["model"]),
+    return {"model": changed(checkpoint["model"]), "rae": checkpoint["rae"],
             "ema": {decay: changed(ema) for decay, ema in checkpoint["ema"].items()}}
 
 

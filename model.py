@@ -118,7 +118,7 @@ class SiT(nn.Module):
         # zero output has none: its gradient has a norm of 1e9. A small random start costs nothing.
         nn.init.normal_(self.final_layer.linear.weight, std=0.02)
 
-    # These two are what baselines.TimedSiT changes.
+    # What drives the blocks; baselines.TimedSiT adds times here.
     def embeddings(self):
         return [self.y_embedder.weight]
 

@@ -92,8 +92,8 @@ def sampling_settings(run):
     known = {"cfg_scale": run["cfg"], "gamma": run["gamma"], "noise": run["sampling_noise"],
              "sigma": run["sigma"], "solver": "euler"}
     method = METHODS[run["method"]]
-    sphere = {"spherify": run["spherify"]} if "spherify" in method.flags else {}
-    return {"method": run["method"], **sphere, **{name: known[name] for name in method.sampling}}
+    flat = {"spherify": run["spherify"]} if "spherify" in method.flags else {}
+    return {"method": run["method"], **flat, **{name: known[name] for name in method.sampling}}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------

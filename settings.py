@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
 SAME, ANY = True, False
 COUNT, AMOUNT, ANGLE = number(int, 1), number(float, 0), number(float, 1, 89.9)
-DATASET, RAE_OF_PATH = "flowers", "dinov2-b"
+DATASET, RAE_OF_PATH = "flowers", "dinov2-b"                  # of a PATH; with laptop/ the toy's
 DATASET, RAE_OF_PATH = "toy", "toy"  # laptop
 
 TABLE = [                           # a text starts a group of --help
@@ -64,7 +64,7 @@ TABLE = [                           # a text starts a group of --help
     ("mix_prob", 0.2, number(float, 0, 1), SAME, "share of examples from the harder range"),
     ("reconstruct", "low", ("low", "both"), SAME,                         # the text allows both
      "noise levels on which Eq. 2 is taken"),
-    ("consistency", 1.0, AMOUNT, SAME, "factor of Eq. 3 (25 L1 + 1 - cos); 0: the paper's R"),
+    ("consistency", 1.0, AMOUNT, SAME, "factor of Eq. 3 (25 L1 + 1 - cos); 0: Eq. 2 alone"),
     ("latent_consistency", 0.0, AMOUNT, SAME, "factor of Eq. 4; the paper drops it"),
     ("spherify", True, bool, SAME, "the identity in the place of f, in training and in sampling"),
     ("init_from", None, str, SAME,

@@ -124,7 +124,7 @@ def training_losses(denoiser, z, y, sigma_hi, sigma_lo, eps, eps_again=None):
     the two predictions.
 
     z (B, C, H, W) clean latents, y, sigma_hi, sigma_lo (B,); eps as z: one noise for both levels.
-    eps_again: the noise of Eq. 4, which is left out without it. That Eq. 2 is taken on the less
+    eps_again: the noise of Eq. 4, a loss only if this is given. That Eq. 2 is taken on the less
     noisy prediction is our reading, and what Sphere Encoder does.
     """
     v = spherify(z)

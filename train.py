@@ -29,8 +29,8 @@ from laptop import report  # laptop
 from model import SiT
 from rae import AUTOENCODERS, open_latents, open_rae, picture_sides
 from sample import draw, load_denoiser, load_run, predict, sampling_settings
-from utils.checkpoint import (first_not_finite, for_classes, hash_of, refuse_another_run,
-                              refuse_another_start, save_tensors)
+from utils.checkpoint import (first_not_finite, hash_of, refuse_another_run,
+                              refuse_another_start, save_tensors, start_weights)
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
 from utils.images import picture_grid, save_picture, sums_of, what_changed
@@ -249,20 +249,17 @@ def start_run(args, dataset, rank, world, device):
     checkpoint = load_run(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     init = load_run(args.init_from) if args.init_from and (distills or not checkpoint) else None
     if distills:
-        average = next(iter(init["ema"].values()))            # teacher, and first weights
-        run["teacher_sha256"] = args.teacher_sha256 = hash_of(average)
+        run["teacher_sha256"] = args.teacher_sha256 = hash_of(next(iter(init["ema"].values())))
     if checkpoint:
         refuse_another_run(out, run, checkpoint["args"], dataset.recipe,
                            lambda: what_changed(out / "pictures.json", dataset))
     if init:
         refuse_another_start(args.init_from, init, run, dataset.classes)
-        init = init if distills else for_classes(init, dataset.classes)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
                    args.weights_dir, (checkpoint or init or {}).get("rae"))
     if distills:
         latents = open_pairs(args, init, load_denoiser(init, "first", device)[0],
                              rae.latent_shape, device, rank, world)
-        init |= {"model": average, "ema": {str(decay): average for decay in run["ema_decay"]}}
     else:
         latents = open_latents(dataset, rae, Path(args.data_dir) / "latents",
                                "yes" if args.encode_only else args.cache_latents, rank, world,
@@ -282,8 +279,9 @@ def start_run(args, dataset, rank, world, device):
     learner = Learner(run, rae.latent_shape, num_classes, device, rank, world, args.accumulate,
                       compile and compiles(args.compile, device), args.checkpoint_activations)
     if checkpoint or init:
-        learner.load(checkpoint or init, with_optimizer=bool(checkpoint))
-        checkpoint = init = average = None                    # their tensors are no longer needed
+        learner.load(checkpoint or start_weights(init, run, dataset.classes),
+                     with_optimizer=bool(checkpoint))
+        checkpoint = init = None                              # their tensors are no longer needed
     C, side, _ = rae.latent_shape
     parameters = sum(p.numel() for p in learner.raw_model.parameters())
     say(f"latents {C} x {side} x {side}, L = {C * side ** 2:,}, "

@@ -19,7 +19,7 @@ import utils.images
 from conftest import ROOT, fit_rae, train_args
 from data import describe, load_dataset
 from rae import LatentCache
-from utils.checkpoint import for_classes, refuse_another_start
+from utils.checkpoint import refuse_another_start, start_weights
 from utils.cli import UserError, class_numbers, same_names
 from utils.files import file_hash, locked
 from utils.images import open_folder, picture_files, read_picture
@@ -284,7 +284,8 @@ def test_letters_of_a_mac(tmp_path):
         refuse_another_start("x", teacher, RUN, ["Rose", composed])
     table = torch.arange(6.0).view(3, 2)                      # and that of no class
     weights = {"y_embedder.weight": table, "other": table}
-    found = for_classes({**teacher, "rae": {}, "model": weights, "ema": {"0.9": weights}}, ["lily", composed, "Rose", "iris"])
+    found = start_weights({**teacher, "model": weights, "ema": {"0.9": weights}}, {"method": "sphere"},
+                          ["lily", composed, "Rose", "iris"])
     by_hand = torch.tensor([[1.0, 2], [0, 1], [2, 3], [1, 2], [4, 5]])
     for state in (found["model"], found["ema"]["0.9"]):
         assert torch.equal(state["y_embedder.weight"], by_hand) and state["other"] is table

@@ -136,10 +136,17 @@ def refuse_another_start(path, init, run, classes):
         raise UserError(f"--init-from {path} has {'; '.join(other)}")
 
 
-def for_classes(checkpoint, classes):
-    """A checkpoint's weights, averages and autoencoder, for other classes: one of the same name
-    keeps its embedding, any other begins at the mean of all, the last is still that of no class."""
+def start_weights(checkpoint, run, classes):
+    """What a run begins with that starts from a checkpoint: weights and averages.
+
+    Of other classes one of the same name keeps its embedding, any other begins at the mean of all,
+    and the last is still that of no class. A student begins as the first average, its teacher.
+    """
     names = [same_letters(name) for name in checkpoint["classes"]]
+    model, averages = checkpoint["model"], checkpoint["ema"]
+    if run["method"] == "distill":
+        model = next(iter(averages.values()))
+        averages = {str(decay): model for decay in run["ema_decay"]}
 
     def changed(state):
         def table(old):                                       # (classes + 1, D)
@@ -148,8 +155,7 @@ def for_classes(checkpoint, classes):
             return torch.stack([*rows, old[-1]])
         return {key: table(value) if key.endswith("y_embedder.weight") else value
                 for key, value in state.items()}
-    return {"model": changed(checkpoint["model"]), "rae": checkpoint["rae"],
-            "ema": {decay: changed(ema) for decay, ema in checkpoint["ema"].items()}}
+    return {"model": changed(model), "ema": {key: changed(ema) for key, ema in averages.items()}}
 
 
 def hash_of(tensors, start=b""):

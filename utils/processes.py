@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -183,7 +184,8 @@ def setup(device="auto"):
                   f"torchrun --nproc-per-node gpu {' '.join(sys.argv)}", file=sys.stderr)
     if world > 1 and not dist.is_initialized():
         try:
-            store = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))[0]
+            store = meet(next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))[0],
+                         rank, world)
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"the {world} processes of WORLD_SIZE do not come together "
                             f"({one_line(error)}): unset RANK, WORLD_SIZE and LOCAL_RANK, or start "
@@ -193,6 +195,34 @@ def setup(device="auto"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=patience)
     return rank, world, device
+
+
+def meet(common, rank, world, patience=timedelta(minutes=5)):
+    """A store of this attempt alone, when all processes are there. RuntimeError: they are not.
+
+    After torchrun --max-restarts the common one still has the addresses of processes that are dead.
+    Nothing in the environment tells attempts apart: the agents of several machines count them
+    differently. So the first process makes up a name, and tells it to all who ask under a name of
+    their own: who is dead asks no more, and what it asked does no harm.
+    """
+    if rank > 0:
+        mine = uuid4().hex
+        common.set(f"from {rank}", mine)
+        common.wait([f"to {mine}"], patience)
+        name = common.get(f"to {mine}").decode()
+        common.set(f"{name} {rank}", "is here")
+        return dist.PrefixStore(name, common)
+    name, missing = uuid4().hex, set(range(1, world))
+    last = time.monotonic() + patience.total_seconds()
+    while missing:
+        for other in missing:
+            if common.check([f"from {other}"]):
+                common.set("to " + common.get(f"from {other}").decode(), name)
+        missing = {other for other in missing if not common.check([f"{name} {other}"])}
+        if missing and time.monotonic() > last:
+            raise RuntimeError(f"{len(missing)} of them did not come")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, common)
 
 
 def torchrun_environment():

@@ -1,0 +1,83 @@
+"""Processes that find each other, again after some of them died."""
+import os
+import socket
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from conftest import ROOT, equal, make_photos, processes, train_args
+from utils.processes import meet
+
+# train.py, in which process 1 is killed in step 3 of the first attempt.
+DIES = """
+import os, pathlib, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import conftest, train
+update, died = train.Learner.update, pathlib.Path({folder!r}) / "died"
+
+def dies(self, step, lr):
+    if step == 3 and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), 9)
+    return update(self, step, lr)
+train.Learner.update = dies
+train.main()
+"""
+
+
+def test_attempts_do_not_meet_each_other():
+    """In one store: three processes of which two died after they had asked, then three others."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def client():
+        return dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+
+    def attempt(ranks, patience=timedelta(seconds=20)):
+        found, errors = {}, []
+
+        def one(rank):
+            try:
+                found[rank] = meet(client(), rank, 3, patience)
+            except RuntimeError as error:
+                errors.append(str(error))
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found, errors
+    found, errors = attempt([1, 2], timedelta(seconds=0.5))
+    assert not found and len(errors) == 2
+    for n in range(2):
+        found, errors = attempt([0, 1, 2])
+        assert not errors and sorted(found) == [0, 1, 2]
+        assert found[1].add("count", 1) + found[2].add("count", 1) == 3       # 1 and 2: nothing is left of before
+        found[0].set("word", str(n))
+        assert found[2].get("word") == str(n).encode()
+    found, errors = attempt([0, 1], timedelta(seconds=1))
+    assert errors == ["1 of them did not come"]
+
+
+def test_a_run_on_two_machines_goes_on_after_a_process_died(tmp_path):
+    """By itself, and ends in the bits of a run in which nobody died. The machines are two agents of torchrun."""
+    make_photos(tmp_path / "photos")
+    (tmp_path / "dies.py").write_text(DIES.format(root=str(ROOT), folder=str(tmp_path)))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    argv = train_args(tmp_path, "--steps", "5", "--save-every", "2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--max-restarts", "2"]
+    agents = [subprocess.Popen([*torchrun, tmp_path / "dies.py", *argv], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = "".join(agent.communicate(timeout=150)[0] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert "resuming" in said and "at step 2" in said and (tmp_path / "died").exists()
+    statuses, _, errors = processes("train", [*argv, "--out-dir", tmp_path / "whole"], tmp_path)
+    assert statuses == [0, 0], errors
+    killed, whole = (torch.load(path / "ckpt.pt", weights_only=True) for path in (tmp_path / "out" / "run",
+                                                                                  tmp_path / "whole"))
+    assert equal(killed["model"], whole["model"]) and equal(killed["ema"], whole["ema"])

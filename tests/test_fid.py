@@ -1,5 +1,6 @@
 import functools
 import json
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from conftest import make_photos, processes
 from fid import (InceptionV3, Statistics, cmmd, frechet_distance, frechet_of_features,
                  inception_score, precision_recall, principal_components)
 from utils.files import file_hash
-from utils.images import read_picture, to_tensor
+from utils.images import open_npz, read_picture, to_tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -451,6 +452,24 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch, capsys):
                        ("text.pth", "does not hold InceptionV3's weights")):
         status, error = fail([tmp_path / "a.npz", tmp_path / "a.npz", "--inception-weights", tmp_path / name], capsys)
         assert status == 1 and name in error and word in error
+
+
+def test_pictures_of_an_npz_stay_on_the_disk(tmp_path):
+    """48 MB of them are scored in pieces, and never in memory; packed ones are."""
+    pictures = np.random.default_rng(0).integers(0, 256, (1000, 128, 128, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pictures, labels=np.arange(1000) % 10)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=pictures[:50])
+    np.savez(tmp_path / "columns.npz", arr_0=np.asfortranarray(pictures[:50]))
+    tracemalloc.start()
+    found = open_npz(tmp_path / "a.npz")
+    loaded = found.load(range(990, 1000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e7 < pictures.nbytes and found.n == 1000
+    assert np.array_equal(loaded.permute(0, 2, 3, 1).numpy(), pictures[990:])
+    for name in ("packed", "columns"):
+        loaded = open_npz(tmp_path / f"{name}.npz").load([3, 1])
+        assert np.array_equal(loaded.permute(0, 2, 3, 1).numpy(), pictures[[3, 1]])
 
 
 def test_a_damaged_npz_is_found(weights_file, tmp_path, capsys):

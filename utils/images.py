@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+import struct
 import time
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -377,18 +379,49 @@ def open_folder(path, as_pytorch_fid=False):
 
 
 @np.errstate(all="ignore")                                    # what overflows is refused
+def mapped(path, name):
+    """An array of an npz as np.savez writes it, left on the disk; None: it is packed, or not there.
+
+    What is damaged is found here: the first process reads it once, a piece at a time.
+    """
+    with zipfile.ZipFile(path) as file:
+        if name not in file.namelist() or file.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            return None
+        info = file.getinfo(name)
+        with file.open(info) as array:
+            version = np.lib.format.read_magic(array)
+            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+            shape, fortran, dtype = read_header(array)
+            begin = array.tell()
+        if dtype.hasobject or 0 in shape:
+            return None
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            with file.open(info) as array:
+                while array.read(1 << 24):                    # at its end the zip's sum is checked
+                    pass
+    with open(path, "rb") as raw:                             # a zip's header of one file
+        raw.seek(info.header_offset + 26)
+        begin += info.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4)))
+    return np.memmap(path, dtype, "r", begin, shape, "F" if fortran else "C")
+
+
 def open_npz(path):
     """An npz of pictures or statistics. UserError: of neither, or damaged."""
     try:
+        pictures = mapped(path, "arr_0.npy")
         with zipfile.ZipFile(path) as file:
             size, memory = sum(info.file_size for info in file.infolist()), physical_memory()
+        size -= 0 if pictures is None else pictures.nbytes
         if size > memory:
             raise ValueError(f"it takes {size_text(size)} of memory, and here are "
                              f"{size_text(memory)}")
         with np.load(path) as file:
             wanted = {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "labels", "recipe"}
             arrays = {key: np.asarray(file[key])              # whole: the zip's sums are checked
-                      for key in wanted.intersection(file.files)}
+                      for key in wanted.intersection(file.files)
+                      if key != "arr_0" or pictures is None}
+            if pictures is not None:
+                arrays["arr_0"] = pictures
             with contextlib.suppress(LookupError, ValueError):            # of others: objects
                 arrays["classes"] = file["classes"]
             if not arrays.keys() & {"arr_0", "mu"}:

@@ -30,7 +30,7 @@ from sphere import (add_noise, distance, fresh_noise, full_precision, guided, ov
                     spherify)
 from utils.checkpoint import hash_of
 from utils.cli import UserError
-from utils.processes import keyed_generator, say
+from utils.processes import keyed_generator, noise_of_each, say
 
 # ---- Table 3: other noise levels -----------------------------------------------------------------
 
@@ -313,8 +313,8 @@ class Pairs:
 
     def noise(self, indices):
         """-> (b, C, h, w), on the CPU. Drawn again when it is needed: half as much on the disk."""
-        return torch.stack([torch.randn(self.latent_shape, generator=keyed_generator(
-            "pair", self.seed, int(i))) for i in indices])
+        return noise_of_each([keyed_generator("pair", self.seed, int(i)) for i in indices],
+                             self.latent_shape)
 
     def load(self, indices):
         return torch.as_tensor(indices)

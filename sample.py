@@ -27,8 +27,8 @@ from utils.checkpoint import check_weights, completed, load_checkpoint
 from utils.cli import ArgumentParser, UserError, class_numbers, number, one_line, printable
 from utils.files import locked
 from utils.images import GRIDS, check_room, to_uint8, write_pictures
-from utils.processes import (autocast, first_process_first, gather, keyed_generator, prefetch,
-                             setup, user_errors)
+from utils.processes import (autocast, first_process_first, gather, keyed_generator,
+                             noise_of_each, prefetch, setup, user_errors)
 
 # ---- A checkpoint --------------------------------------------------------------------------------
 
@@ -119,7 +119,8 @@ def draw_batches(denoiser, rae, batches, seed, steps, null_class, trajectory=Fal
         shape, predictions = (len(indices), *rae.latent_shape), []
         z = variant(method, spherify).sample(
             denoiser, shape, labels.to(rae.device), steps, null_class=null_class,
-            noise=(eps.to(rae.device) for eps in drawn), trajectory=predictions, **settings)
+            noise=(eps.to(rae.device, non_blocking=True) for eps in drawn), trajectory=predictions,
+            **settings)
         if not z.isfinite().all():
             raise UserError("the sampled latents are not finite: try less guidance, or the float32 "
                             "of --device cpu")
@@ -128,11 +129,9 @@ def draw_batches(denoiser, rae, batches, seed, steps, null_class, trajectory=Fal
 
 
 def keyed_noise(seed, indices, shape, same, steps):
-    """Noise (n, *shape) without end, of each picture its own; for `steps` it is drawn at once, by
-    the thread that calls this."""
+    """Noise (n, *shape) without end, of each picture its own; for `steps` it is drawn at once."""
     generators = [keyed_generator("sample", seed, int(i)) for i in indices]
-    fresh = (torch.stack([torch.randn(shape, generator=g) for g in generators])
-             for _ in itertools.count())
+    fresh = (noise_of_each(generators, shape) for _ in itertools.count())
     if same:
         return itertools.repeat(next(fresh))
     return itertools.chain(list(itertools.islice(fresh, steps)), fresh)

@@ -35,8 +35,9 @@ from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
 from utils.images import picture_grid, save_picture, sums_of, what_changed
 from utils.processes import (STOPS, Stop, autocast, barrier, compiled, compiles,
-                             first_process_first, global_batch, keyed_generator, note, on_signals,
-                             peak_memory_gb, prefetch, say, setup, summed, user_errors)
+                             first_process_first, global_batch, keyed_generator, noise_of_each,
+                             note, on_signals, peak_memory_gb, prefetch, say, setup, summed,
+                             user_errors)
 
 WHAT_TO_DO = "what is on the disk is from before: try a lower --lr, --clip 1 or --dtype float32"
 
@@ -123,9 +124,9 @@ class Learner:
     def draw_noise(self, name, step, m, z):
         """N(0, I) like z; that of an example is its own, whichever process computes it."""
         first = self.first + m * self.micro
-        return torch.stack([
-            torch.randn(z.shape[1:], device=z.device, generator=keyed_generator(
-                name, self.run["seed"], step, first + i, device=z.device)) for i in range(len(z))])
+        return noise_of_each([keyed_generator(name, self.run["seed"], step, first + i,
+                                              device=z.device) for i in range(len(z))],
+                             z.shape[1:], z.device)
 
     def denoise(self, drop, v, y, *more):
         """v (k b, C, h, w): the batch at k noise levels; an example drops the same label in all."""

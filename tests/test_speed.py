@@ -19,7 +19,7 @@ from model import SiT_models
 from rae import LatentCache
 from settings import PAPER
 from utils.cli import UserError
-from utils.processes import compiles, prefetch
+from utils.processes import compiles, keyed_generator, noise_of_each, prefetch
 
 RUN = {**PAPER, "model": "SiT-T/1", "batch_size": 8, "dtype": "float32", "seed": 0, "clip": 1.0}
 CPU = torch.device("cpu")
@@ -194,6 +194,15 @@ def test_noise_of_sampling_never_ends_and_is_each_pictures_own():
         alone = sample.keyed_noise(0, [8], (4, 2, 2), same, 2)
         assert all(torch.equal(a[1:], next(alone)) for a in draws)
         assert torch.equal(draws[0], draws[1]) == same
+
+
+@pytest.mark.parametrize("shape", [(96, 3, 3), (64, 32, 32)])               # by one thread, by three
+def test_threads_draw_what_one_thread_draws(shape, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    by_threads, one_by_one = ([keyed_generator("test", i) for i in range(7)] for _ in range(2))
+    for _ in range(2):                                        # and goes on where it was
+        expected = torch.stack([torch.randn(shape, generator=g) for g in one_by_one])
+        assert torch.equal(noise_of_each(by_threads, shape), expected)
 
 
 def test_the_bench_against_the_usual_loop(monkeypatch, capsys):

@@ -368,6 +368,27 @@ def keyed_generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def noise_of_each(generators, shape, device="cpu"):
+    """N(0, I), (n, *shape), of each of n generators its own, as torch.randn draws it; on the CPU by
+    several threads, straight to where a GPU can fetch it."""
+    on_cpu = torch.device(device).type == "cpu"
+    eps = torch.empty(len(generators), *shape, device=device,
+                      pin_memory=on_cpu and torch.cuda.is_available())
+    threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not on_cpu or eps.numel() < 1e5:                       # a thread costs more than this
+        threads = 1
+
+    def draw(first):
+        for i in range(first, len(generators), threads):
+            torch.randn(shape, generator=generators[i], out=eps[i])
+    if threads == 1:
+        draw(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, range(threads)))
+    return eps
+
+
 def global_batch(n, batch_size, step, seed):
     """Indices (batch_size,) of the examples of a step: one endless row of permutations, cut up.
 

@@ -98,6 +98,7 @@ def counted(module, *inputs):
 # ---- On paper ------------------------------------------------------------------------------------
 
 PICTURE, LATENT = (3, 256, 256), (768, 16, 16)
+PEAKS = {"H100, H200": 989, "MI210": 181}                     # TFLOP/s in bfloat16, their makers'
 SET_SIZES = {"animal-faces": 14_630, "flowers": 8_189, "imagenet": 1_281_167}             # pictures
 
 # What the paper says. Millions of parameters and GFLOPs; of the autoencoder GMACs, cut to a whole
@@ -215,6 +216,13 @@ def training_table():
                          "run": steps * batch * flops / 1e9,
                          "whole run": steps * batch * whole / 1e9})
     return rows
+
+
+def hours_table():
+    return [{"hours, computed": row["training"], **{
+        f"{n} x {card}": row["whole run"] * 1e18 / (0.5 * peak * 1e12) / 3600 / n
+        for card, peak in PEAKS.items() for n in (1, 8)}}
+            for row in training_table() if row["training"] in SET_SIZES]
 
 
 # ---- On this machine -----------------------------------------------------------------------------
@@ -377,6 +385,7 @@ ratio: SE / GFLOPs.""",
 Training: two views of an example, forward and backward (2 x forward); 256 examples a step, 512 for
 imagenet. Eq. 4: a third view, for latent consistency. encoding: of the pictures in every step.
 A step in TFLOPs (10^12), an epoch in PFLOPs (10^15), a run in EFLOPs (10^18).""",
+    "hours": "Hours of a whole run at half of the card's highest rate: computed, not run.",
     "steps": "{} training steps, all finite: loss {:.2f}, at last {:.2f}, gradient norm {:.2f};\n"
              "{:.1%} of their time was waiting for data",
     "bench": """\
@@ -446,7 +455,8 @@ def main(argv=None):
                 f"{'with' if guided else 'no'} guidance: NFE {found['NFE']}\n\n"
                 f"{table_text(found['rows'])}")
     else:
-        found = {"parts": parts_table(), "sampling": sampling_table(), "training": training_table()}
+        found = {"parts": parts_table(), "sampling": sampling_table(),
+                 "training": training_table(), "hours": hours_table()}
         signed = {key: "+.2f" for key in ("%", "M %", "SE %")}
         text = "\n\n".join(f"{EXPLAINED[name]}\n\n{table_text(rows, signed)}"
                            for name, rows in found.items())

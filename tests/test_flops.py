@@ -220,6 +220,9 @@ def test_training_of_the_papers_runs():
     assert close(imagenet["whole run"], 600 * 1_281_167 * 6 * 238.117 / 1e9)
     assert close(faces["whole epoch"], 14_630 * 6 * 46.594 / 1e6)
     assert close(rows["flowers, Eq. 4"]["run"], 1.5 * rows["flowers"]["run"], 1e-9)
+    hours = {row["hours, computed"]: row for row in flops.hours_table()}
+    assert close(hours["imagenet"]["1 x H100, H200"], 1098.2e18 / (989e12 / 2) / 3600, 1e-3)
+    assert close(hours["flowers"]["8 x MI210"], rows["flowers"]["whole run"] * 1e18 / (8 * 90.5e12 * 3600))
     assert close(rows["imagenet, encoding"]["whole run"] / imagenet["whole run"],
                  1 + 47.078 / 1428.7, 1e-4)
 
@@ -231,7 +234,7 @@ def test_tables(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     tables = [line for line in lines if line.startswith("|")]
-    assert len(tables) == 9 + 11 + 11 and all(line.endswith(" |") for line in tables)
+    assert len(tables) == 9 + 11 + 11 + 5 and all(line.endswith(" |") for line in tables)
     flops.main(["--json"])
     found = json.loads(capsys.readouterr().out)
     assert [len(found[name]) for name in ("parts", "sampling", "training")] == [7, 9, 9]

@@ -34,10 +34,9 @@ from utils.checkpoint import (first_not_finite, hash_of, refuse_another_run,
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
 from utils.images import picture_grid, save_picture, sums_of, what_changed
-from utils.processes import (STOPS, Stop, autocast, barrier, compiled, compiles,
-                             first_process_first, global_batch, keyed_generator, noise_of_each,
-                             note, on_signals, peak_memory_gb, prefetch, say, setup, summed,
-                             user_errors)
+from utils.processes import (STOPS, Stop, autocast, barrier, compiled, compiles, from_first,
+                             global_batch, keyed_generator, noise_of_each, note, on_signals,
+                             peak_memory_gb, prefetch, say, setup, summed, user_errors)
 
 WHAT_TO_DO = "what is on the disk is from before: try a lower --lr, --clip 1 or --dtype float32"
 
@@ -213,17 +212,20 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, _, _ = setup(args.device)
+    run_on(args, from_first(open_dataset(args) if rank == 0 else None))
+
+
+def open_dataset(args):
+    """One process looks at the files; the others are told."""
     sides = picture_sides(args.rae, args.image_size, args.rae_patch)
-    with first_process_first(rank):
-        try:
-            dataset = load_dataset(args.dataset, *sides, args.data_dir, args.split, args.skip_bad)
-        except UserError as error:                            # the teacher's may be gone
-            teacher = load_run(args.init_from) if args.method == "distill" else None
-            if not teacher or args.dataset != teacher["args"]["dataset"]:
-                raise
-            note(f"{error}; --method distill goes on without pictures")
-            dataset = Unseen(teacher)
-    run_on(args, dataset)
+    try:
+        return load_dataset(args.dataset, *sides, args.data_dir, args.split, args.skip_bad)
+    except UserError as error:                                # the teacher's may be gone
+        teacher = load_run(args.init_from) if args.method == "distill" else None
+        if not teacher or args.dataset != teacher["args"]["dataset"]:
+            raise
+        note(f"{error}; --method distill goes on without pictures")
+        return Unseen(teacher)
 
 
 def run_on(args, dataset):

@@ -254,7 +254,7 @@ def test_a_damaged_cache_is_encoded_again(photos, tmp_path, capsys):
 
 
 def test_a_large_cache_is_checked_by_encode_only(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rae.LatentCache, "small", 0)
+    monkeypatch.setattr(rae.LatentCache, "checked_below", 0)
     train.main(train_args(tmp_path, "--encode-only"))
     path, = (tmp_path / "datasets" / "latents").glob("*/*.f16")
     good = path.read_bytes()

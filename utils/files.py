@@ -243,6 +243,9 @@ def unpack(archive, folder, name):
             raise tarfile.FilterError(f"{member.name} is a link or a device")
         return tarfile.data_filter(member, path)
 
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError("this Python cannot keep an archive inside its folder: take 3.10.12, "
+                        "3.11.4 or newer")
     part = folder / f".part-{name}"
     note(f"unpacking {archive}")
     try:

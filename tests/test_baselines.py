@@ -8,10 +8,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 import baselines
+import data
 import sample
 import sphere
 import train
 from conftest import equal, fit_rae, make_photos, processes, relative_l2, train_args
+from utils.cli import UserError
 from utils.processes import keyed_generator
 
 Y, SHAPE = torch.tensor([0, 1, 2]), (3, 4, 2, 2)
@@ -279,10 +281,11 @@ def test_a_run_is_distilled(trained, tmp_path, capsys):
     assert not equal(whole["ema"]["0.995"], whole["ema"]["0.98"])
     moved, nowhere = tmp_path / "moved.pt", str(tmp_path / "nowhere")
     torch.save({**teacher, "args": {**teacher["args"], "dataset": nowhere}}, moved)
-    gone = run("gone", "4", teacher=moved, dataset=nowhere, more=["--report", "6"])
+    gone = run("gone", "4", teacher=moved, dataset=nowhere)
     said = capsys.readouterr()
     assert "; --method distill goes on without pictures" in " ".join(said.err.split())
-    assert "no quality report: the pictures of nowhere are not here" in " ".join(said.out.split())
+    with pytest.raises(UserError, match="the pictures of nowhere are not here"):
+        data.Unseen(sample.load_run(moved)).load([0])
     assert equal(whole["model"], gone["model"]) and gone["counts"] == [12, 12, 12]
     assert gone["args"]["pictures"] == teacher["args"]["pictures"]
 

@@ -374,7 +374,7 @@ def noise_of_each(generators, shape, device="cpu"):
     on_cpu = torch.device(device).type == "cpu"
     eps = torch.empty(len(generators), *shape, device=device,
                       pin_memory=on_cpu and torch.cuda.is_available())
-    threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not on_cpu or eps.numel() < 1e5:                       # a thread costs more than this
         threads = 1
 

@@ -6,7 +6,7 @@
 
 The same command again resumes the run; Ctrl-C and SIGTERM save before they end it. Everything
 random is a function of (seed, step, example): a resumed run is identical, another number of
-processes differs in rounding alone. out/<run>/ receives args.json, pictures.json (files and their
+processes differs in rounding alone. out/<run>/ receives args.json, pictures.npz (files and their
 checksums), log.jsonl (a line a logged step), samples-*.png, quality.json and ckpt.pt, from which
 sample.py draws. Every setting is explained in settings.py.
 """
@@ -33,7 +33,7 @@ from utils.checkpoint import (first_not_finite, hash_of, refuse_another_run,
                               refuse_another_start, save_tensors, start_weights)
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
-from utils.images import picture_grid, save_picture, sums_of, what_changed
+from utils.images import picture_grid, save_picture, what_changed, write_sums
 from utils.processes import (STOPS, Stop, autocast, barrier, compiled, compiles, from_first,
                              global_batch, keyed_generator, noise_of_each, note, on_signals,
                              peak_memory_gb, prefetch, say, setup, summed, user_errors)
@@ -255,7 +255,7 @@ def start_run(args, dataset, rank, world, device):
         run["teacher_sha256"] = args.teacher_sha256 = hash_of(next(iter(init["ema"].values())))
     if checkpoint:
         refuse_another_run(out, run, checkpoint["args"], dataset.recipe,
-                           lambda: what_changed(out / "pictures.json", dataset))
+                           lambda: what_changed(out / "pictures.npz", dataset))
     if init:
         refuse_another_start(args.init_from, init, run, dataset.classes)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
@@ -318,7 +318,7 @@ def train(args, learner, dataset, rae, latents, start, rank):
 
     if rank == 0 and start < args.steps:
         write_json(out / "args.json", arguments)
-        write_json(out / "pictures.json", sums_of(dataset))
+        write_sums(out / "pictures.npz", dataset)
         cut_log(out / "log.jsonl", start)
     if rank == 0 and start:
         grid(start, again=False)                              # if it was killed before it

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -243,8 +244,7 @@ def check_held_out(held_out, test_set, train_set, classes):
     if not same_names(test_set.classes, classes):
         raise UserError(f"{held_out} has the classes {', '.join(test_set.classes)[:100]}, not "
                         f"the run's, {', '.join(classes)[:100]}")
-    known = set(getattr(train_set, "sums", ()))
-    n = sum(of_file in known for of_file in getattr(test_set, "sums", ()))
+    n = np.isin(*(getattr(some, "sums", ()) for some in (test_set, train_set))).sum()
     if n == len(test_set.labels):
         raise UserError(f"{held_out} holds training pictures of the run, and no others: give "
                         "others, of the same classes")

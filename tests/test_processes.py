@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import train
 from conftest import ROOT, equal, make_photos, processes, train_args
 from utils.processes import meet
 
@@ -81,3 +82,28 @@ def test_a_run_on_two_machines_goes_on_after_a_process_died(tmp_path):
     killed, whole = (torch.load(path / "ckpt.pt", weights_only=True) for path in (tmp_path / "out" / "run",
                                                                                   tmp_path / "whole"))
     assert equal(killed["model"], whole["model"]) and equal(killed["ema"], whole["ema"])
+
+
+stat, scandir = os.stat, os.scandir
+
+
+def stat_told(path, *args, **more):
+    print(f"process {os.environ['RANK']} stats {path}", file=sys.stderr)
+    return stat(path, *args, **more)
+
+
+def scandir_told(path="."):
+    print(f"process {os.environ['RANK']} lists {path}", file=sys.stderr)
+    return scandir(path)
+
+
+def test_one_process_looks_at_the_files(photos, tmp_path):
+    """What another stats is the one picture that each process reads."""
+    train.main(train_args(tmp_path, "--encode-only"))
+    status, _, errors = processes("train", train_args(tmp_path, "--steps", "2"), tmp_path,
+                                  changes={"os": {"stat": stat_told, "scandir": scandir_told}})
+    assert status == [0, 0], errors
+    for number, at_least, at_most in (("0", 36 + 4, 1000), ("1", 0, 1)):  # pictures and folders; that picture
+        told = [line for line in errors.splitlines()
+                if line.startswith(f"process {number} ") and f" {photos}" in line]
+        assert at_least <= len(told) <= at_most, told

@@ -4,7 +4,6 @@ Look here to see why a picture, a folder or an npz was refused, left out, or tur
 pictures that were drawn are written.
 """
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -14,11 +13,13 @@ import struct
 import time
 import warnings
 import zipfile
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -134,6 +135,7 @@ def picture_files(folder):
     link to nothing a UserError, or a picture for whoever reads it.
     """
     pictures, left_out, seen, folders, links = [], Counter(), set(), [os.fspath(folder)], []
+    of_files = array("Q"), array("Q")                         # device, inode: a set takes 10 times it
 
     def take(path, is_file):
         ending = os.path.splitext(path)[1].lower()
@@ -157,10 +159,12 @@ def picture_files(folder):
                     elif entry.is_dir():
                         folders.append(entry.path)
                     else:
-                        seen.add((status.st_dev, entry.inode()))
+                        of_files[0].append(status.st_dev)
+                        of_files[1].append(entry.inode())
                         take(entry.path, entry.is_file())
             links.sort(reverse=True)
             continue
+        seen.update(zip(*of_files))
         link = links.pop()
         try:
             status = os.stat(link)
@@ -180,84 +184,121 @@ def picture_files(folder):
     return sorted(pictures), left_out
 
 
+class Contents(NamedTuple):
+    """What is known of n files, arrays of n. An index of them is kept, as git keeps one."""
+    files: np.ndarray                                         # names, as bytes
+    stamps: np.ndarray                                        # (n, 4): size, times, inode
+    sums: np.ndarray                                          # (n, 32), sha256; zeros: not known
+    sides: np.ndarray                                         # the shorter, pixels; -1: not known
+    checked: np.ndarray                                       # they were decoded, without an error
+
+
 def contents(folder, files, root, check=False):
-    """Returns [stamp, sha256, side] of each file, and the path at which they are remembered.
+    """Returns the Contents, {number of a file: what is wrong with it}, and where the index is.
 
-    As git's index does: a file is read again only if its stamp (size, times, inode) has changed.
-    side: the shorter, in pixels, as the file says, or, of those that were checked, what is wrong
-    with it, a text (that is looked at again each time); None where the file does not say it.
+    A file is read again only if its stamp has changed, or something is wrong with it. With check
+    all are decoded once. A side is what the file says; not all say it.
     """
-    name = f"{folder.name[-40:]}-{hash_of(os.path.realpath(folder))[:12]}.json"
-    path, known, found = Path(root) / "contents" / name, {}, {}
-    if path.exists():
-        with contextlib.suppress(OSError, ValueError):
-            digest, text = path.read_text().split("\n")
-            known = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
-        if not known:
-            note(f"{path} is damaged: the pictures are read again")
-    reader = f"Pillow {PIL.__version__}, 2"                   # raise it when upright_rgb changes
-    for file in files:
+    name = f"{folder.name[-40:]}-{hash_of(os.path.realpath(folder))[:12]}.npz"
+    path, n, where, bad = Path(root) / "contents" / name, len(files), os.path.join(folder, ""), {}
+    found = Contents(np.array([os.fsencode(file) for file in files]), np.zeros((n, 4), np.int64),
+                     np.zeros((n, 32), np.uint8), np.full(n, -1, np.int32), np.zeros(n, bool))
+    for i, file in enumerate(files):
         try:
-            status = os.stat(os.path.join(folder, file))
-            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            former, digest, side, checked_by = known.get(file, [None] * 4)
-            if stamp != former or not isinstance(side, int):
-                digest, side, checked_by = digest if stamp == former else None, None, None
-            found[file] = [stamp, digest, side, checked_by]
+            status = os.stat(where + file)
+            found.stamps[i] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+                               status.st_ino % 2 ** 63)
         except OSError as error:
-            link = os.path.islink(folder / file) and isinstance(error, FileNotFoundError)
+            link = os.path.islink(where + file) and isinstance(error, FileNotFoundError)
             why = "is a link that leads nowhere" if link else f"cannot be read: {error.strerror}"
-            found[file] = [None, None, f"{folder / file} {why}", reader]
+            bad[i] = f"{where}{file} {why}"
+    known = read_index(path)
+    if len(known.files):
+        at = np.searchsorted(known.files, found.files).clip(max=len(known.files) - 1)
+        same = ((known.files[at] == found.files) & (known.stamps[at] == found.stamps).all(1)).nonzero()
+        for array, before in zip(found[2:], known[2:]):
+            array[same] = before[at[same]]
 
-    def look(file):
-        entry = found[file]
+    def look(i):
+        file = folder / files[i]
         try:
-            entry[1] = entry[1] or file_hash(folder / file)
+            if not found.sums[i].any():
+                found.sums[i] = np.frombuffer(bytes.fromhex(file_hash(file)), np.uint8)
             if check:
-                entry[2:] = min(read_picture(folder / file).size), reader
+                found.sides[i], found.checked[i] = min(read_picture(file).size), True
             else:
-                with contextlib.suppress(UserError), open_picture(folder / file) as picture:
-                    entry[2] = min(picture.size)
+                with contextlib.suppress(UserError), open_picture(file) as picture:
+                    found.sides[i] = min(picture.size)
         except (OSError, UserError) as error:
-            entry[2] = str(error)
+            bad[i] = str(error)
 
-    todo = [file for file, (stamp, digest, side, checked_by) in found.items()
-            if stamp and (digest is None or side is None or check and checked_by != reader)]
-    with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(look, todo), total=len(todo), desc=f"reading {printable(folder)}",
-                  leave=False, delay=1, disable=None))
-    # What changed a moment ago may change again within the same tick of the clock: it is not
-    # remembered, but listed if it is bad.
-    settled, new = time.time_ns() - 2 * 10 ** 9, {}
-    for file, (stamp, digest, side, checked_by) in found.items():
-        if stamp and stamp[2] < settled:
-            new[file] = [stamp, digest, side, checked_by]
-        elif isinstance(side, str):
-            new[file] = [None, None, side, reader]
-    if new != known:
-        text = json.dumps(new)
+    todo = np.delete(np.arange(n), list(bad))
+    wanted = (found.sides < 0) | ~found.sums.any(1) | (check & ~found.checked)
+    todo, started = todo[wanted[todo]], time.perf_counter()
+    with ThreadPoolExecutor() as pool, tqdm(desc=f"reading {printable(folder)}", total=len(todo),
+                                            leave=False, delay=1, disable=None) as bar:
+        for some in np.array_split(todo, len(todo) // 10_000 + 1):        # a million jobs are 1 GB
+            for _ in pool.map(look, some.tolist()):
+                bar.update()
+    if (seconds := time.perf_counter() - started) > 10:
+        note(f"{len(todo):,} pictures of {printable(folder)} were read in {seconds:.0f} s; they are "
+             "not read again until they change")
+    # What changed a moment ago may change again within the same tick of the clock: it is not kept.
+    keep = found.sums.any(1) & (found.stamps[:, 2] < time.time_ns() - 2 * 10 ** 9)
+    if len(todo) or keep.sum() != len(known.files):
+        order = keep.nonzero()[0]
+        order = order[np.argsort(found.files[order], kind="stable")]
         try:
-            with write_whole(path) as part:
-                part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+            with write_whole(path) as part, open(part, "wb") as file:
+                np.savez(file, reader=reader(), **{name: array[order]
+                                                 for name, array in found._asdict().items()})
         except UserError as error:
             note(f"{error}; each start will read all pictures")
-    return [entry[:3] for entry in found.values()], path
+    return found, bad, path
 
 
-def what_changed(path, dataset):
-    """In words: how a data set differs from the one whose files and their sums are in path."""
+def reader():
+    return f"Pillow {PIL.__version__}, 3"                     # raise it when upright_rgb changes
+
+
+def read_index(path):
+    """The Contents that are kept there, sorted by name; what another Pillow decoded is not checked."""
+    nothing = Contents(*(np.zeros((0, *shape)) for shape in ((), (4,), (32,), (), ())))
     try:
-        old, new = json.loads(path.read_text()), sums_of(dataset)
-        kinds = {"added": new.keys() - old.keys(), "removed": old.keys() - new.keys(),
-                 "changed": {file for file in new.keys() & old.keys() if new[file] != old[file]}}
-    except (OSError, ValueError, AttributeError):
-        kinds = {}
-    words = [f"{len(files)} {kind}, {min(files)} first" for kind, files in kinds.items() if files]
-    return "its pictures have changed: " + ("; ".join(words) or "their number, crop or labels")
+        with np.load(path) as file:                           # a zip, which checks its sums
+            kept = Contents(*(file[name] for name in Contents._fields))
+            return kept._replace(checked=kept.checked & (file["reader"] == reader()))
+    except FileNotFoundError:
+        pass
+    except Exception:                                         # a damaged file may hold anything
+        note(f"{path} is damaged: the pictures are read again")
+    return nothing
+
+
+def write_sums(path, dataset):
+    """The files of a data set and the first 8 bytes of their sums, to see later what changed."""
+    with write_whole(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, **sums_of(dataset))
 
 
 def sums_of(dataset):
-    return dict(zip(getattr(dataset, "files", ()), getattr(dataset, "sums", ())))
+    files, sums = (np.asarray(getattr(dataset, name, ()), "S") for name in ("files", "sums"))
+    return {"files": files, "sums": sums.astype("S8")}
+
+
+def what_changed(path, dataset):
+    """In words: how a data set differs from the one of which write_sums wrote."""
+    try:
+        with np.load(path) as file:
+            old, new = ({os.fsdecode(name): value for name, value in
+                         zip(some["files"].tolist(), some["sums"].tolist())}
+                        for some in (file, sums_of(dataset)))
+        kinds = {"added": new.keys() - old.keys(), "removed": old.keys() - new.keys(),
+                 "changed": {file for file in new.keys() & old.keys() if new[file] != old[file]}}
+    except Exception:                                         # not there, or damaged
+        kinds = {}
+    words = [f"{len(files)} {kind}, {min(files)} first" for kind, files in kinds.items() if files]
+    return "its pictures have changed: " + ("; ".join(words) or "their number, crop or labels")
 
 
 def count_of(left_out):
@@ -273,15 +314,15 @@ SHARD = re.compile(r"\d{5}/(img)?\d{5,8}\.\w+")
 
 
 def refuse_what_are_no_classes(folder, classes, files):
-    inside = sorted({file.split(os.sep)[1] for file in files if file.count(os.sep) > 1})
-    nested = all(file.count(os.sep) > 1 for file in files)
+    deep = [file for file in files if file.count(os.sep) > 1]
+    inside, nested = sorted({file.split(os.sep)[1] for file in deep}), len(deep) == len(files)
     for kind in (SPLIT, PART):
         parts = [name for name in classes if kind.fullmatch(name)]
         if len(parts) > 1 or parts == classes and kind is SPLIT and inside:
             raise UserError(f"{folder} holds {', '.join(parts[:5])}, which are parts of a data set "
                             f"and no classes: give one of them, as {folder / parts[0]}")
-    known, there = set(classes), set(files)
-    again = {(parts[0], parts[i]) for parts in (file.split(os.sep) for file in files)
+    known, there = set(classes), set(files if deep else ())
+    again = {(parts[0], parts[i]) for parts in (file.split(os.sep) for file in deep)
              for i in range(1, len(parts) - 1) if parts[i] in known and parts[i] != parts[0]
              # Numbers name days and sessions, too.
              and (not parts[i].isdecimal() or os.sep.join(parts[i:]) in there)}

@@ -32,11 +32,12 @@ import sphere
 from baselines import METHODS, SphereEncoder
 from model import SiT_models
 from rae import DINOv2Encoder, ViTDecoder
-from sample import predict
+from sample import keyed_noise, predict
 from settings import PAPER, defaults
 from train import Learner
 from utils.cli import ArgumentParser, UserError, number, table_text
-from utils.processes import compiles, peak_memory_gb, prefetch, setup, user_errors
+from utils.processes import (allow_tf32, autocast, compiles, peak_memory_gb, prefetch, setup,
+                             user_errors)
 
 # ---- The counter ---------------------------------------------------------------------------------
 
@@ -298,21 +299,25 @@ def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, agai
     gpu, rows, rates = device.type != "cpu", [], {}
 
     def measure(what, n, kind, gflops, run):
-        """A row for `run`: n examples (None: no pictures) of gflops each in the dtype `kind`."""
+        """A row for `run`: n examples (None: no pictures) of gflops each (None: not counted) in the
+        dtype `kind`."""
+        allow_tf32(kind == "tf32")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = timed(run, device, repeat, warm_up=3 if gpu else 1)
         median = statistics.median(seconds)
-        rate = (n or 1) * gflops / median / 1e3
+        rate = gflops and (n or 1) * gflops / median / 1e3
         rates.setdefault(kind, rate)                          # the product comes first
         rows.append({"what": what, "dtype": kind, "ms": 1e3 * median, "from": 1e3 * min(seconds),
                      "to": 1e3 * max(seconds), "images/s": n and n / median, "TFLOP/s": rate,
-                     "used": rate / rates[kind], "GB": peak_memory_gb(device)})
+                     "used": rate and rate / rates[kind], "GB": peak_memory_gb(device)})
         print(f"{what}, {kind}: {1e3 * median:.1f} ms", file=sys.stderr)  # if it does not end
 
     side = 8192 if gpu else 2048
-    for kind in dict.fromkeys((dtype, "float32")):            # the autoencoder is float32
-        factors = torch.randn(2, side, side, device=device).to(getattr(torch, kind))
+    kinds = ["float32"] + ["tf32", "bfloat16"] * (device.type == "cuda")   # of the autoencoder
+    for kind in dict.fromkeys((dtype, *kinds)):
+        factors = torch.randn(2, side, side, device=device)
+        factors = factors.bfloat16() if kind == "bfloat16" else factors
         measure(f"product, {side} x {side}", None, kind, 2 * side ** 3 / 1e9,
                 functools.partial(torch.matmul, *factors))
     factors = None                                            # room for the next
@@ -341,18 +346,25 @@ def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, agai
                 usual.step)
         usual = None
 
-    denoiser = functools.partial(predict, learner.raw_model, {}, dtype)
+    def denoiser(v, y):
+        return predict(learner.ddp_model, {}, dtype, v.contiguous(), y)
+
+    measure("noise of a training step", batch, "float32", None,
+            lambda: learner.draw_noise("eps", 0, 0, z))
+    measure("noise of sampling", batch, "float32", None, lambda: [
+        eps.to(device) for eps in itertools.islice(keyed_noise(0, y, LATENT, False, steps), steps)])
     measure(f"sampling, {steps} steps" + ", guided" * guided, batch, dtype,
             steps * (1 + guided) * cost(name)[1][1].item(),
             lambda: sphere.sample(denoiser, z.shape, y, steps, 2.0 if guided else 1.0,
                                   null_class=1000))
     compiled = "not compiled" if learner.ddp_model is learner.raw_model else "compiled"
-    learner = denoiser = None
+    learner = None
     pictures = torch.rand(batch, *PICTURE, device=device)
     for what, part, x in (("decoding", "decoder", z), ("encoding", "encoder", pictures)):
         model = build(part).to(device)
-        with torch.no_grad():
-            measure(what, batch, "float32", cost(part)[1][1].item(), lambda: model(x))
+        for kind in kinds:
+            with torch.no_grad(), autocast(kind, device):
+                measure(what, batch, kind, cost(part)[1][1].item(), lambda: model(x))
     return {"model": name, "batch": batch, "dtype": dtype, "compiled": compiled,
             "torch": torch.__version__, "device": device_name(device), "repeat": repeat,
             "rows": rows, "training": {"steps": next(steps_done), "first loss": first[0],

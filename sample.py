@@ -9,6 +9,7 @@
 Picture i has the label i mod classes (or by --balance) and its own noise, a function of (seed, i):
 one seed, one picture, everywhere, in batches of any size and in any number of processes.
 """
+import argparse
 import collections
 import contextlib
 import itertools
@@ -27,8 +28,8 @@ from utils.checkpoint import check_weights, completed, load_checkpoint
 from utils.cli import ArgumentParser, UserError, class_numbers, number, one_line, printable
 from utils.files import locked
 from utils.images import GRIDS, check_room, to_uint8, write_pictures
-from utils.processes import (autocast, first_process_first, gather, keyed_generator,
-                             noise_of_each, prefetch, setup, user_errors)
+from utils.processes import (allow_tf32, autocast, compiled, compiles, first_process_first, gather,
+                             keyed_generator, noise_of_each, prefetch, setup, user_errors)
 
 # ---- A checkpoint --------------------------------------------------------------------------------
 
@@ -176,9 +177,13 @@ def parse_args(argv):
         "classes; FOLDER/: numbered files (default: sample.png beside the checkpoint)")
     add("--npz", action="store_true", help="short for --out samples.npz beside the checkpoint")
     add("--trajectory", action="store_true", help="a grid of what each step predicts")
-    add("--batch-size", type=number(int, 1, 10 ** 6), default=50,
-        help="pictures at once in a process")
-    add("--rae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the decoder")
+    add("--batch-size", type=number(int, 1, 10 ** 6),
+        help="pictures at once in a process (default: 50, on a GPU 128)")
+    add("--rae-dtype", choices=("float32", "tf32", "bfloat16"),
+        help="of the decoder (default: float32, but tf32 on CUDA where the denoiser is bfloat16)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile denoiser and decoder (default: for 1,000 pictures or more on a GPU where a "
+        "compiler is there)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     ending = Path(args.out or "").suffix.lower()
@@ -202,7 +207,13 @@ def main(argv=None):
     denoiser, ema = load_denoiser(checkpoint, args.ema, device)
     with first_process_first(rank):
         rae = load_rae(checkpoint["rae"], device, args.weights_dir)
-    rae.dtype = args.rae_dtype
+    rae_dtype = args.rae_dtype or (
+        "tf32" if device.type == "cuda" and run["dtype"] == "bfloat16" else "float32")
+    if rae_dtype == "tf32" and (device.type != "cuda" or run["dtype"] == "float32"):
+        raise UserError("--rae-dtype tf32: on CUDA alone, for a run whose --dtype is bfloat16 (it "
+                        "would change the float32 of the denoiser, too)")
+    allow_tf32(rae_dtype == "tf32")
+    rae.dtype = "bfloat16" if rae_dtype == "bfloat16" else "float32"
 
     # What is asked for: how many steps, which labels, and what the run was set up for.
     steps, settings = args.steps or run["sample_steps"], sampling_settings(run)
@@ -222,7 +233,8 @@ def main(argv=None):
     recipe = {"checkpoint": str(path), "step": checkpoint["step"], "ema": ema, "steps": steps,
               **settings, "seed": args.seed,
               "classes": [classes[label] for label in wanted] if args.classes else "all",
-              "balance": "as the data" if shares else "label = index mod classes"}
+              "balance": "as the data" if shares else "label = index mod classes",
+              **({"decoder": rae_dtype} if rae_dtype != "float32" else {})}
     if args.sigmas:
         settings["sigma"] = lambda t, T: args.sigmas[t - 1]
     num = args.num or (min(len(wanted), 10) if args.trajectory else
@@ -235,19 +247,30 @@ def main(argv=None):
     out = Path(args.out or path.parent / ("samples.npz" if args.npz else "sample.png"))
     shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
     names = check_room(out, shape, args.out)
-    started, indices = time.perf_counter(), torch.arange(num)
+    batch_size = min(num, args.batch_size or (128 if device.type == "cuda" else 50))
+    on_sphere = "spherify" in METHODS[run["method"]].flags    # the others call with times
+    if args.compile and not on_sphere:
+        raise UserError(f"--compile: not for a run of --method {run['method']}")
+    compile = compiles(args.compile, device) and on_sphere and (args.compile or num >= 1000)
+    if compile:
+        denoiser = compile_both(denoiser, rae, batch_size, guided=cfg_scale != 1)
+    started = time.perf_counter()
+    # A compiled network is of one shape: the last batch is filled up, and cut when it is written.
+    indices = torch.arange(-(-num // batch_size) * batch_size if compile else num)
     labels = torch.tensor(wanted)[shares_of(shares, indices) if shares else indices % len(wanted)]
-    batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size)))
+    batches = list(zip(indices.split(batch_size), labels.split(batch_size)))
     drawn = draw_batches(denoiser, rae, batches[rank::world], args.seed, steps, len(classes),
                          args.trajectory, **settings)
     rounds = tqdm(range(-(-len(batches) // world)), desc="sampling", unit="batch",
                   disable=rank != 0 or len(batches) < 2 or None)
-    pictures = (frames.numpy() for _ in rounds for frames in gather(next(drawn, None))
+    in_order = (frames for _ in rounds for frames in gather(next(drawn, None))
                 if frames is not None)
+    pictures = (frames[:, :num - begin].numpy()
+                for begin, frames in zip(itertools.count(0, batch_size), in_order))
     if rank > 0:
         return collections.deque(pictures, maxlen=0)          # draws its share, gets no pictures
     with locked(out) if names else contextlib.nullcontext():
-        write_pictures(out, pictures, shape, labels, classes, len(wanted), recipe, names)
+        write_pictures(out, pictures, shape, labels[:num], classes, len(wanted), recipe, names)
     seconds, names = time.perf_counter() - started, [printable(classes[c]) for c in wanted[:num]]
     print(f"{path} at step {checkpoint['step']}, EMA {ema}, seed {args.seed}\n"
           f"{num} pictures of {len(names)} classes {'by their shares' if shares else 'in turn'}: "
@@ -255,6 +278,19 @@ def main(argv=None):
           f"{steps} steps of {run['method']}, guidance {cfg_scale:g}: "
           f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, "
           f"{num / seconds:.1f} images/s on {world} x {device.type}\n{out}")
+
+
+@torch.no_grad()
+def compile_both(denoiser, rae, batch_size, guided):
+    """Returns the denoiser compiled for batches of this size; rae.decoder is compiled in place."""
+    model, weights, dtype = denoiser.args
+    z = torch.zeros(batch_size * (1 + guided), *rae.latent_shape, device=rae.device)
+    y = torch.zeros(len(z), dtype=torch.long, device=rae.device)
+    model = compiled(model.eval(), dtype, z, y)
+    predicted = predict(model, weights, dtype, z, y)[:batch_size]
+    rae.decoder = compiled(rae.decoder, rae.dtype, predicted.float())
+    # What it predicts lies otherwise in memory than noise does, and would be another shape to it.
+    return lambda v, y: predict(model, weights, dtype, v.contiguous(), y)
 
 
 def check_given(given, settings, steps):

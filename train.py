@@ -34,9 +34,9 @@ from utils.checkpoint import (first_not_finite, hash_of, refuse_another_run,
 from utils.cli import UserError, log_line, printable
 from utils.files import append_line, cut_log, locked, write_json, write_whole
 from utils.images import picture_grid, save_picture, what_changed, write_sums
-from utils.processes import (STOPS, Stop, autocast, barrier, compiled, compiles, from_first,
-                             global_batch, keyed_generator, noise_of_each, note, on_signals,
-                             peak_memory_gb, prefetch, say, setup, summed, user_errors)
+from utils.processes import (STOPS, Stop, allow_tf32, autocast, barrier, compiled, compiles,
+                             from_first, global_batch, keyed_generator, noise_of_each, note,
+                             on_signals, peak_memory_gb, prefetch, say, setup, summed, user_errors)
 
 WHAT_TO_DO = "what is on the disk is from before: try a lower --lr, --clip 1 or --dtype float32"
 
@@ -231,6 +231,7 @@ def open_dataset(args):
 def run_on(args, dataset):
     """A run on any data set (see data.py), with what parse_args returns."""
     rank, world, device = setup(args.device)                  # again: it may be called from Python
+    allow_tf32(args.dtype == "bfloat16")                      # then only the autoencoder is float32
     say(f"{dataset.name}: {len(dataset.labels):,} pictures of {describe(dataset)}")
     side, _ = picture_sides(args.rae, args.image_size, args.rae_patch)
     H, W = (side, side) if isinstance(dataset, Unseen) else dataset.load([0]).shape[2:]

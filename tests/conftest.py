@@ -17,6 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model
 
+def pytest_runtest_setup(item):
+    if (needs := item.get_closest_marker("gpu")) and not torch.cuda.is_available():
+        pytest.skip(f"needs a GPU: {needs.args[0]}")
+
+
 # A size for tests, as a forker would add one.
 TINY = "SiT-2/1"
 model.SiT_models[TINY] = model.preset(patch_size=1, hidden_size=32, depth=2, num_heads=2)

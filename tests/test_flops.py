@@ -283,10 +283,11 @@ def test_bench(small, capsys):
     flops.main([*small, "--steps", "2", "--cfg", "--json"])
     found = json.loads(capsys.readouterr().out)
     rows = {row["what"]: row for row in found["rows"]}
-    assert list(rows) == ["product, 2048 x 2048", "training step", "sampling, 2 steps, guided",
-                          "decoding", "encoding"]
+    assert list(rows) == ["product, 2048 x 2048", "training step", "noise of a training step", "noise of sampling",
+                          "sampling, 2 steps, guided", "decoding", "encoding"]
     for what, row in rows.items():
-        assert 0 < row["from"] <= row["ms"] <= row["to"] and row["used"] > 0
+        assert 0 < row["from"] <= row["ms"] <= row["to"]
+        assert row["used"] is None if what.startswith("noise") else row["used"] > 0
         assert what.startswith("product") or close(row["images/s"], 2 / row["ms"] * 1e3)
     for what, gflops in (("product, 2048 x 2048", 2 * 2.048 ** 3),
                          ("encoding", 2 * flops.cost("encoder")[1][1].item()),

@@ -123,8 +123,7 @@ def test_sizes_that_do_not_fit():
                    **sizes})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(),
-                    reason="needs a GPU: bfloat16 attention against float32")
+@pytest.mark.gpu("bfloat16 attention against float32")
 def test_bfloat16_on_a_gpu_is_close_to_float32():
     model = tiny().eval()
     x, y = torch.randn(8, 8, 4, 4), torch.arange(8) % 5

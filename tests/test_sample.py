@@ -54,6 +54,28 @@ def test_a_picture_does_not_depend_on_batch_or_processes(trained, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz", "c.npz", "d.npz", "driver.py"]
 
 
+def test_compiled_sampling_draws_the_same(trained, tmp_path, monkeypatch, capsys):
+    """Batches of one size, of which the last is filled up; with and without guidance."""
+    compile, shapes = torch.compile, set()
+
+    def compiles(network, **more):
+        found = compile(network, backend="aot_eager", **more)
+        found.register_forward_pre_hook(lambda _, inputs: shapes.add((type(network), inputs[0].shape)))
+        return found
+    monkeypatch.setattr(torch, "compile", compiles)
+    for cfg in ("1", "2"):
+        settings = ["--num", "7", "--batch-size", "3", "--cfg", cfg]
+        plain = pictures(trained, tmp_path / "a.npz", *settings)
+        found = pictures(trained, tmp_path / "b.npz", *settings, "--compile")
+        assert abs(plain["arr_0"].astype(int) - found["arr_0"]).max() <= 1
+        assert np.array_equal(plain["labels"], found["labels"])
+        assert capsys.readouterr().out.count("compiled in") == 2
+    assert {shape[0] for kind, shape in shapes if kind is model.SiT} == {3, 6} and len(shapes) == 3
+    with pytest.raises(SystemExit):
+        pictures(trained, tmp_path / "c.npz", "--rae-dtype", "tf32")
+    assert "--rae-dtype tf32: on CUDA alone" in capsys.readouterr().err
+
+
 def test_numbered_files_grid_and_trajectory(trained, tmp_path):
     pictures(trained, tmp_path / "files", "--num", "3", "--classes", "right", "2")
     assert sorted(p.name for p in (tmp_path / "files").glob("*.png")) == ["000000.png", "000001.png",

@@ -214,8 +214,7 @@ def test_files_where_folders_should_be_and_a_full_disk(photos, tmp_path, capsys,
     fails(capsys, 1, "the disk or the output: No space left on device", train_args(tmp_path, "--steps", "2"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(),
-                    reason="needs a GPU: training and resuming on one")
+@pytest.mark.gpu("training and resuming on one")
 def test_training_on_a_gpu(photos, tmp_path):
     for steps in ("10", "20"):
         train.main(train_args(tmp_path, "--steps", steps, "--device", "cuda", "--dtype",

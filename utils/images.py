@@ -135,7 +135,7 @@ def picture_files(folder):
     link to nothing a UserError, or a picture for whoever reads it.
     """
     pictures, left_out, seen, folders, links = [], Counter(), set(), [os.fspath(folder)], []
-    of_files = array("Q"), array("Q")                         # device, inode: a set takes 10 times it
+    of_files = array("Q"), array("Q")                         # device, inode: less than a set
 
     def take(path, is_file):
         ending = os.path.splitext(path)[1].lower()
@@ -215,7 +215,7 @@ def contents(folder, files, root, check=False):
     known = read_index(path)
     if len(known.files):
         at = np.searchsorted(known.files, found.files).clip(max=len(known.files) - 1)
-        same = ((known.files[at] == found.files) & (known.stamps[at] == found.stamps).all(1)).nonzero()
+        same = (known.files[at] == found.files) & (known.stamps[at] == found.stamps).all(1)
         for array, before in zip(found[2:], known[2:]):
             array[same] = before[at[same]]
 
@@ -241,8 +241,8 @@ def contents(folder, files, root, check=False):
             for _ in pool.map(look, some.tolist()):
                 bar.update()
     if (seconds := time.perf_counter() - started) > 10:
-        note(f"{len(todo):,} pictures of {printable(folder)} were read in {seconds:.0f} s; they are "
-             "not read again until they change")
+        note(f"{len(todo):,} pictures of {printable(folder)} were read in {seconds:.0f} s; they "
+             "are not read again until they change")
     # What changed a moment ago may change again within the same tick of the clock: it is not kept.
     keep = found.sums.any(1) & (found.stamps[:, 2] < time.time_ns() - 2 * 10 ** 9)
     if len(todo) or keep.sum() != len(known.files):
@@ -262,7 +262,7 @@ def reader():
 
 
 def read_index(path):
-    """The Contents that are kept there, sorted by name; what another Pillow decoded is not checked."""
+    """The Contents kept there, sorted by name. What another Pillow decoded is not checked."""
     nothing = Contents(*(np.zeros((0, *shape)) for shape in ((), (4,), (32,), (), ())))
     try:
         with np.load(path) as file:                           # a zip, which checks its sums

@@ -175,8 +175,7 @@ def setup(device="auto"):
     except (RuntimeError, AssertionError) as error:
         why = one_line(str(error).splitlines()[0])
         raise UserError(f"--device {device} cannot be used here: {why}") from error
-    # float32 is float32, on every device: what may be coarser is under autocast.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    allow_tf32(False)                                         # float32 is float32, unless asked
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if world == 1 and torch.cuda.device_count() > 1:
@@ -320,13 +319,20 @@ def autocast(dtype, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def allow_tf32(on):
+    """For the whole process: on tensor cores of CUDA, factors in float32 are cut to 10 bits of
+    mantissa. What is compiled depends on it: it is not switched for a part of the work."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
 def compiled(network, dtype, *inputs, **more):
     """The network compiled, and tried on inputs; as it is, with a word, where that fails."""
     started, found = time.perf_counter(), torch.compile(network, dynamic=False)
     try:
         with autocast(dtype, inputs[0].device):
             predicted = found(*inputs, **more)
-        predicted.float().mean().backward()
+        if torch.is_grad_enabled():
+            predicted.float().mean().backward()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
     except Exception as error:                                # compilers fail in many ways
         note(f"not compiled, and slower for it ({one_line(error)}); --no-compile does without "

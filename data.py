@@ -124,6 +124,18 @@ class Unseen:
 
 # ---- Picture files -------------------------------------------------------------------------------
 
+def list_of_bad(path, bad):
+    """Writes what is wrong with files beside their index, and says where; or that it could not."""
+    path = path.with_suffix(".left-out.txt")
+    text = "".join(f"{one_line(bad[i], 10_000)}\n" for i in sorted(bad))
+    try:
+        with write_whole(path) as part:
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return f", all in {path}"
+    except UserError as error:
+        return f" ({error})"
+
+
 class Pictures:
     """files (N,) under folder, with labels (N,) into classes; crop(picture, S) makes a square.
 
@@ -142,11 +154,8 @@ class Pictures:
         if bad and not skip_bad:
             raise UserError(f"{bad[min(bad)]}; or use --skip-bad")
         if bad:
-            path = path.with_suffix(".left-out.txt")
             note(f"--skip-bad: {len(bad)} of {len(files)} pictures of {printable(name)} are left "
-                 f"out, all in {path}: {one_line(bad[min(bad)], 300)}")
-            with write_whole(path) as part:
-                part.write_text("".join(f"{one_line(bad[i], 300)}\n" for i in sorted(bad)))
+                 f"out{list_of_bad(path, bad)}: {one_line(bad[min(bad)], 300)}")
         good = np.delete(np.arange(len(files)), list(bad))
         self.files, self.sums = found.files[good], found.sums[good].view("S32")[:, 0]
         sides = found.sides[good]

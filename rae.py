@@ -420,8 +420,6 @@ def cache_of(dataset, rae, root, flips=True):
     shape = [len(dataset.labels), 1 + flips, *rae.latent_shape]
     manifest = {"data": dataset.recipe, "autoencoder": rae.fingerprint(), "dtype": "float16",
                 "pictures_a_file": LatentCache.part, "shape": shape}
-    if rae.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        manifest["encoded_in"] = "tf32"
     return folder_by_hash(root, f"{dataset.name}-{rae.name}", manifest), manifest
 
 

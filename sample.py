@@ -207,13 +207,7 @@ def main(argv=None):
     denoiser, ema = load_denoiser(checkpoint, args.ema, device)
     with first_process_first(rank):
         rae = load_rae(checkpoint["rae"], device, args.weights_dir)
-    rae_dtype = args.rae_dtype or (
-        "tf32" if device.type == "cuda" and run["dtype"] == "bfloat16" else "float32")
-    if rae_dtype == "tf32" and (device.type != "cuda" or run["dtype"] == "float32"):
-        raise UserError("--rae-dtype tf32: on CUDA alone, for a run whose --dtype is bfloat16 (it "
-                        "would change the float32 of the denoiser, too)")
-    allow_tf32(rae_dtype == "tf32")
-    rae.dtype = "bfloat16" if rae_dtype == "bfloat16" else "float32"
+    rae_dtype = set_precision(rae, args.rae_dtype, run["dtype"])
 
     # What is asked for: how many steps, which labels, and what the run was set up for.
     steps, settings = args.steps or run["sample_steps"], sampling_settings(run)
@@ -248,11 +242,12 @@ def main(argv=None):
     shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
     names = check_room(out, shape, args.out)
     batch_size = min(num, args.batch_size or (128 if device.type == "cuda" else 50))
-    on_sphere = "spherify" in METHODS[run["method"]].flags    # the others call with times
-    if args.compile and not on_sphere:
+    if args.compile and METHODS[run["method"]].network:       # not SiT as it is
         raise UserError(f"--compile: not for a run of --method {run['method']}")
-    compile = compiles(args.compile, device) and on_sphere and (args.compile or num >= 1000)
+    compile = compiles(args.compile, device) and not METHODS[run["method"]].network and (
+        args.compile or num >= 1000)
     if compile:
+        recipe["compiled"] = True
         denoiser = compile_both(denoiser, rae, batch_size, guided=cfg_scale != 1)
     started = time.perf_counter()
     # A compiled network is of one shape: the last batch is filled up, and cut when it is written.
@@ -278,6 +273,18 @@ def main(argv=None):
           f"{steps} steps of {run['method']}, guidance {cfg_scale:g}: "
           f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, "
           f"{num / seconds:.1f} images/s on {world} x {device.type}\n{out}")
+
+
+def set_precision(rae, asked, dtype):
+    """Of the decoder: as asked, or the default beside a denoiser of this dtype. Returns which."""
+    on_cuda = rae.device.type == "cuda"
+    found = asked or ("tf32" if on_cuda and dtype == "bfloat16" else "float32")
+    if found == "tf32" and (not on_cuda or dtype == "float32"):
+        raise UserError("--rae-dtype tf32: on CUDA alone, for a run whose --dtype is bfloat16 (it "
+                        "would change the float32 of the denoiser, too)")
+    allow_tf32(found == "tf32")
+    rae.dtype = "bfloat16" if found == "bfloat16" else "float32"
+    return found
 
 
 @torch.no_grad()

@@ -231,7 +231,6 @@ def open_dataset(args):
 def run_on(args, dataset):
     """A run on any data set (see data.py), with what parse_args returns."""
     rank, world, device = setup(args.device)                  # again: it may be called from Python
-    allow_tf32(args.dtype == "bfloat16")                      # then only the autoencoder is float32
     say(f"{dataset.name}: {len(dataset.labels):,} pictures of {describe(dataset)}")
     side, _ = picture_sides(args.rae, args.image_size, args.rae_patch)
     H, W = (side, side) if isinstance(dataset, Unseen) else dataset.load([0]).shape[2:]
@@ -275,6 +274,8 @@ def start_run(args, dataset, rank, world, device):
         train_decoder(rae, dataset, latents, Path(args.data_dir) / "decoders", args.decoder_steps,
                       args.seed, rank, args.flips)
 
+    # What is kept was made in float32; from here on only the autoencoder is, if the network is not.
+    allow_tf32(args.dtype == "bfloat16")
     # Model, optimizer, EMAs; the step at which the run is resumed.
     N, start = len(latents), checkpoint["step"] if checkpoint else 0
     if args.epochs is not None:

@@ -211,19 +211,22 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
 # ---- The decoder's training ----------------------------------------------------------------------
 
 def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=16,
-                  lr=1e-3, noise=0.4, early_weight=0.3, texture_weight=0.6, save_every=400):
+                  lr=1e-3, noise=0.4, shrink=0.3, smooth=0.25, early_weight=0.3,
+                  texture_weight=0.6, save_every=400):
     """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
 
     The loss is L1, and relative L1 on the encoder's early features and on their local strength,
-    the texture. The latents get noise of a deviation between 0 and `noise`, so that the decoder
-    forgives the denoiser. A tenth of the pictures, 256 at most, is held out for the PSNR; of the
-    others 20,000 are enough, and stay in memory (1 GB at 128 x 128). The result is kept in
+    the texture. So that the decoder forgives the denoiser, whose latents are smaller and smoother
+    than those of pictures, it is given such, by up to `shrink` and `smooth` of 1, and noise of a
+    deviation of up to `noise`. A tenth of the pictures, 256 at most, is held out for the PSNR; of
+    the others 20,000 are enough, and stay in memory (1 GB at 128 x 128). The result is kept in
     `folder`, under a hash of what made it; the same call resumes it.
     """
     N = len(dataset.labels)
     manifest = {"data": dataset.recipe, "encoder": rae.fingerprint(), "image_size": rae.image_size,
                 "steps": steps, "seed": seed, "batch_size": batch_size, "lr": lr, "noise": noise,
-                "early_weight": early_weight, "texture_weight": texture_weight, "flips": flips}
+                "shrink": shrink, "smooth": smooth, "early_weight": early_weight,
+                "texture_weight": texture_weight, "flips": flips}
     folder = folder_by_hash(folder, f"{dataset.name}-{rae.name}", manifest)
     order = torch.randperm(N, generator=keyed_generator("held out", seed)).numpy()
     held_out, others = np.split(order[:20_000], [min(N // 10, 256)])
@@ -261,7 +264,10 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
         z = latents.batch(chosen[batch], flips.numpy())[0].float().cpu()              # (b, C, h, w)
         mirrored = torch.where(flips.view(-1, 1, 1, 1) == 1, images[batch].flip(3), images[batch])
         target = targets(mirrored, rae)
-        sigma = manifest["noise"] * torch.rand(len(z), 1, 1, 1, generator=g)
+        sigma, shrink, smooth = (manifest[name] * torch.rand(len(z), 1, 1, 1, generator=g)
+                                 for name in ("noise", "shrink", "smooth"))
+        around = F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
+        z = (1 - shrink) * torch.lerp(z, around, smooth)
         z = (z + sigma * torch.randn(z.shape, generator=g)).to(device)
         decoded = decoder(z * rae.std + rae.latent_mean)
         l1 = (decoded - target).abs().mean()

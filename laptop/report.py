@@ -26,7 +26,7 @@ from sample import draw, load_denoiser, load_run, sampling_settings
 from utils.cli import ArgumentParser, UserError, number, same_names, table_text
 from utils.files import write_json
 from utils.images import few, resize, to_float, to_uint8
-from utils.processes import note, setup, user_errors
+from utils.processes import allow_tf32, note, setup, user_errors
 
 
 class Features:
@@ -95,6 +95,7 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
     if features not in NETWORKS:
         raise UserError(f"there are no features called {features}: fid.NETWORKS has "
                         f"{', '.join(NETWORKS)}")
+    allow_tf32(False)                                         # training may have switched it on
     kind, test_set = ("held-out", test_set) if test_set else ("training", train_set)
     if not same_names(test_set.classes, train_set.classes):
         raise UserError(f"{test_set.name} has other classes than {train_set.name}")

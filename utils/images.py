@@ -165,6 +165,7 @@ def picture_files(folder):
             links.sort(reverse=True)
             continue
         seen.update(zip(*of_files))
+        of_files = array("Q"), array("Q")
         link = links.pop()
         try:
             status = os.stat(link)
@@ -206,8 +207,8 @@ def contents(folder, files, root, check=False):
     for i, file in enumerate(files):
         try:
             status = os.stat(where + file)
-            found.stamps[i] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns,
-                               status.st_ino % 2 ** 63)
+            found.stamps[i] = [value % 2 ** 63 for value in (  # of the year 2300, too
+                status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)]
         except OSError as error:
             link = os.path.islink(where + file) and isinstance(error, FileNotFoundError)
             why = "is a link that leads nowhere" if link else f"cannot be read: {error.strerror}"
@@ -267,6 +268,10 @@ def read_index(path):
     try:
         with np.load(path) as file:                           # a zip, which checks its sums
             kept = Contents(*(file[name] for name in Contents._fields))
+            kinds = [(array.dtype.kind, *array.shape[1:]) for array in kept]
+            if (kinds != [("S",), ("i", 4), ("u", 32), ("i",), ("b",)]
+                    or len(set(map(len, kept))) > 1):
+                raise ValueError("other arrays")
             return kept._replace(checked=kept.checked & (file["reader"] == reader()))
     except FileNotFoundError:
         pass
@@ -282,8 +287,9 @@ def write_sums(path, dataset):
 
 
 def sums_of(dataset):
-    files, sums = (np.asarray(getattr(dataset, name, ()), "S") for name in ("files", "sums"))
-    return {"files": files, "sums": sums.astype("S8")}
+    files, sums = ([os.fsencode(value) for value in getattr(dataset, name, ())]
+                   for name in ("files", "sums"))
+    return {"files": np.array(files, "S"), "sums": np.array(sums, "S8")}
 
 
 def what_changed(path, dataset):
@@ -295,8 +301,8 @@ def what_changed(path, dataset):
                         for some in (file, sums_of(dataset)))
         kinds = {"added": new.keys() - old.keys(), "removed": old.keys() - new.keys(),
                  "changed": {file for file in new.keys() & old.keys() if new[file] != old[file]}}
-    except Exception:                                         # not there, or damaged
-        kinds = {}
+    except Exception:                                         # of older code, or damaged
+        return f"its pictures have changed; which, is not known without a whole {path}"
     words = [f"{len(files)} {kind}, {min(files)} first" for kind, files in kinds.items() if files]
     return "its pictures have changed: " + ("; ".join(words) or "their number, crop or labels")
 

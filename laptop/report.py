@@ -95,7 +95,6 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
     if features not in NETWORKS:
         raise UserError(f"there are no features called {features}: fid.NETWORKS has "
                         f"{', '.join(NETWORKS)}")
-    allow_tf32(False)                                         # training may have switched it on
     kind, test_set = ("held-out", test_set) if test_set else ("training", train_set)
     if not same_names(test_set.classes, train_set.classes):
         raise UserError(f"{test_set.name} has other classes than {train_set.name}")
@@ -219,6 +218,7 @@ def end_of_run(out, run, dataset, rae, sampler, step):
         if (json.loads(quality.read_text())["step"] == step
                 and quality.stat().st_mtime >= (out / "ckpt.pt").stat().st_mtime):
             return
+    allow_tf32(False)                                         # the training's
     try:
         test_set = held_out_set(dataset.recipe["dataset"], run["image_size"])
         table = quality_report(dataset, test_set, rae, sampler, AUTOENCODERS[rae.name].features,

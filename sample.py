@@ -28,8 +28,9 @@ from utils.checkpoint import check_weights, completed, load_checkpoint
 from utils.cli import ArgumentParser, UserError, class_numbers, number, one_line, printable
 from utils.files import locked
 from utils.images import GRIDS, check_room, to_uint8, write_pictures
-from utils.processes import (allow_tf32, autocast, compiled, compiles, first_process_first, gather,
-                             keyed_generator, noise_of_each, prefetch, setup, user_errors)
+from utils.processes import (autocast, compile_both, compiles, first_process_first, gather,
+                             keyed_generator, noise_of_each, prefetch, set_precision, setup,
+                             user_errors)
 
 # ---- A checkpoint --------------------------------------------------------------------------------
 
@@ -273,31 +274,6 @@ def main(argv=None):
           f"{steps} steps of {run['method']}, guidance {cfg_scale:g}: "
           f"NFE {nfe} a picture ({steps} as the paper counts), {seconds:.2f} s, "
           f"{num / seconds:.1f} images/s on {world} x {device.type}\n{out}")
-
-
-def set_precision(rae, asked, dtype):
-    """Of the decoder: as asked, or the default beside a denoiser of this dtype. Returns which."""
-    on_cuda = rae.device.type == "cuda"
-    found = asked or ("tf32" if on_cuda and dtype == "bfloat16" else "float32")
-    if found == "tf32" and (not on_cuda or dtype == "float32"):
-        raise UserError("--rae-dtype tf32: on CUDA alone, for a run whose --dtype is bfloat16 (it "
-                        "would change the float32 of the denoiser, too)")
-    allow_tf32(found == "tf32")
-    rae.dtype = "bfloat16" if found == "bfloat16" else "float32"
-    return found
-
-
-@torch.no_grad()
-def compile_both(denoiser, rae, batch_size, guided):
-    """Returns the denoiser compiled for batches of this size; rae.decoder is compiled in place."""
-    model, weights, dtype = denoiser.args
-    z = torch.zeros(batch_size * (1 + guided), *rae.latent_shape, device=rae.device)
-    y = torch.zeros(len(z), dtype=torch.long, device=rae.device)
-    model = compiled(model.eval(), dtype, z, y)
-    predicted = predict(model, weights, dtype, z, y)[:batch_size]
-    rae.decoder = compiled(rae.decoder, rae.dtype, predicted.float())
-    # What it predicts lies otherwise in memory than noise does, and would be another shape to it.
-    return lambda v, y: predict(model, weights, dtype, v.contiguous(), y)
 
 
 def check_given(given, settings, steps):

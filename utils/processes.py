@@ -342,6 +342,35 @@ def compiled(network, dtype, *inputs, **more):
     return found
 
 
+def set_precision(rae, asked, dtype):
+    """Of a RAE's decoder: as asked, or the default beside a denoiser of this dtype; returns which.
+    UserError: it would change the denoiser, too."""
+    on_cuda = rae.device.type == "cuda"
+    found = asked or ("tf32" if on_cuda and dtype == "bfloat16" else "float32")
+    if found == "tf32" and (not on_cuda or dtype == "float32"):
+        raise UserError("--rae-dtype tf32: on CUDA alone, for a run whose --dtype is bfloat16 (it "
+                        "would change the float32 of the denoiser, too)")
+    allow_tf32(found == "tf32")
+    rae.dtype = "bfloat16" if found == "bfloat16" else "float32"
+    return found
+
+
+@torch.no_grad()
+def compile_both(denoiser, rae, batch_size, guided):
+    """Compiles for batches of this size: returns the denoiser, changes rae.decoder.
+
+    denoiser: sample.predict with its first arguments, as sample.load_denoiser returns it.
+    """
+    predict, (model, weights, dtype) = denoiser.func, denoiser.args
+    z = torch.zeros(batch_size * (1 + guided), *rae.latent_shape, device=rae.device)
+    y = torch.zeros(len(z), dtype=torch.long, device=rae.device)
+    model = compiled(model.eval(), dtype, z, y)
+    predicted = predict(model, weights, dtype, z, y)[:batch_size]
+    rae.decoder = compiled(rae.decoder, rae.dtype, predicted.float())
+    # What it predicts lies otherwise in memory than noise does, and would be another shape to it.
+    return lambda v, y: predict(model, weights, dtype, v.contiguous(), y)
+
+
 def compiles(asked, device):
     """--compile, --no-compile, or by default on a GPU for which there is a compiler."""
     return device.type == "cuda" and bool(find_spec("triton")) if asked is None else asked

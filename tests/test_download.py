@@ -200,7 +200,7 @@ def test_flowers(flowers, tmp_path, monkeypatch):
     parts = {split: load_dataset("flowers", 16, root=root, split=split)
              for split in ("train", "val", "test")}
     assert [len(part.labels) for part in parts.values()] == [8, 4, 12]
-    assert sorted(file for part in parts.values() for file in part.files) == found.files
+    assert sorted(file for part in parts.values() for file in part.files) == found.files.tolist()
     for part in parts.values():
         assert part.labels.tolist() == [(int(file[6:11]) - 1) % 4 for file in part.files]
     (root / "flowers" / "jpg" / "image_00007.jpg").unlink()

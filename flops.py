@@ -352,7 +352,8 @@ def bench(name, steps, guided, batch, dtype, device, repeat, compile=False, agai
     measure("noise of a training step", batch, "float32", None,
             lambda: learner.draw_noise("eps", 0, 0, z))
     measure("noise of sampling", batch, "float32", None, lambda: [
-        eps.to(device) for eps in itertools.islice(keyed_noise(0, y, LATENT, False, steps), steps)])
+        eps.to(device) for eps in itertools.islice(
+            keyed_noise(0, range(batch), LATENT, False, steps), steps)])
     measure(f"sampling, {steps} steps" + ", guided" * guided, batch, dtype,
             steps * (1 + guided) * cost(name)[1][1].item(),
             lambda: sphere.sample(denoiser, z.shape, y, steps, 2.0 if guided else 1.0,

@@ -26,8 +26,8 @@ from utils.processes import (STOPS, Stop, from_first, global_batch, keyed_genera
                              on_signals)
 
 # What differs from the paper's settings, for photographs of 64 x 64, L = 4,096.
-SETTINGS = {**toy.SETTINGS, "model": "SiT-XS/1", "steps": 1400, "lr": 4e-3, "alpha_max": 82.0,
-            "cfg": 2.0, "gamma": 1.0, "sigma_scale": 1.0}
+SETTINGS = {**toy.SETTINGS, "model": "SiT-XS/1", "steps": 5200, "batch_size": 16,
+            "alpha_max": 82.0, "cfg": 2.0, "gamma": 1.0, "sigma_scale": 1.0}
 
 # timm's model and its options; the stage (of forward_intermediates) whose map becomes the latent,
 # the early ones on which the decoder is judged; the side of the picture that makes an 8 x 8 map,
@@ -210,7 +210,7 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
 
 # ---- The decoder's training ----------------------------------------------------------------------
 
-def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=16,
+def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=8,
                   lr=1e-3, noise=0.4, shrink=0.3, smooth=0.25, early_weight=0.3,
                   texture_weight=0.6, save_every=400):
     """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
@@ -245,7 +245,8 @@ def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True
 def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
     """Trains rae.decoder on the chosen pictures, from where `path` has it, and saves it there."""
     decoder, device, steps = rae.decoder.requires_grad_(True), rae.device, manifest["steps"]
-    optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=0,
+                                  fused=True)
     start = 0
     if path.exists():
         try:
@@ -262,8 +263,8 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
         batch = global_batch(len(chosen), manifest["batch_size"], step, manifest["seed"])
         flips = torch.randint(2, (len(batch),), generator=g) * manifest["flips"]
         z = latents.batch(chosen[batch], flips.numpy())[0].float().cpu()              # (b, C, h, w)
-        mirrored = torch.where(flips.view(-1, 1, 1, 1) == 1, images[batch].flip(3), images[batch])
-        target = targets(mirrored, rae)
+        x = images[batch]
+        target = targets(torch.where(flips.view(-1, 1, 1, 1) == 1, x.flip(3), x), rae)
         sigma, shrink, smooth = (manifest[name] * torch.rand(len(z), 1, 1, 1, generator=g)
                                  for name in ("noise", "shrink", "smooth"))
         around = F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)

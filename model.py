@@ -171,8 +171,7 @@ def preset(**sizes):                                          # kind: the class,
 
 SiT_models = {
     "SiT-T/1": preset(patch_size=1, hidden_size=128, depth=4, num_heads=4),      # ours, the toy's
-    "SiT-XS/1": preset(patch_size=1, hidden_size=192, depth=6, num_heads=3),     # ours
-    "SiT-W/1": preset(patch_size=1, hidden_size=256, depth=2, num_heads=4),      # ours, for lite0
+    "SiT-XS/1": preset(patch_size=1, hidden_size=192, depth=6, num_heads=3),     # ours, for lite0
     "SiT-S/1": preset(patch_size=1, hidden_size=384, depth=12, num_heads=6),
     "SiT-B/1": preset(patch_size=1, hidden_size=768, depth=12, num_heads=12),
     "SiT-L/1": preset(patch_size=1, hidden_size=1024, depth=24, num_heads=16),

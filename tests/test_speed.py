@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flops
 import sample
 import train
-from conftest import fit_rae, train_args
+from conftest import ROOT, fit_rae, train_args
 from data import load_dataset
 from model import SiT_models
 from rae import LatentCache
@@ -242,3 +244,20 @@ def test_the_bench_against_the_usual_loop(monkeypatch, capsys):
     assert sum(losses[-20:]) < sum(losses[:20])
     for average, weight in zip(loop.ema.parameters(), loop.model.parameters()):
         assert not average.requires_grad or not torch.equal(average, weight) or weight.std() == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its page faults")
+def test_freed_memory_stays_with_the_process():
+    """Else the system clears it anew, a page at a time, for each step on a CPU."""
+    found = subprocess.run([sys.executable, "-c", """
+import resource, torch
+from utils.processes import setup
+setup("cpu")
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(1 << 20) for _ in range(50)]         # 4 MB each
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    del blocks
+"""], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    first, second = map(int, found.split())
+    assert second < first / 4

@@ -3,6 +3,7 @@
 Look here to see how ranks find each other, who speaks, and where random numbers come from.
 """
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -176,6 +177,8 @@ def setup(device="auto"):
         why = one_line(str(error).splitlines()[0])
         raise UserError(f"--device {device} cannot be used here: {why}") from error
     allow_tf32(False)                                         # float32 is float32, unless asked
+    if device.type == "cpu":
+        keep_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if world == 1 and torch.cuda.device_count() > 1:
@@ -194,6 +197,15 @@ def setup(device="auto"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=patience)
     return rank, world, device
+
+
+def keep_memory():
+    """glibc gives what is freed back to the system, which clears it anew for the next step: that
+    took a twentieth of a step. Up to 1 GB is kept; blocks of 32 MB and more go back as ever."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):         # there is another malloc
+        mallopt = ctypes.CDLL(None).mallopt
+        for name, value in ((-3, 32 << 20), (-1, 1 << 30)):   # M_MMAP_ and M_TRIM_THRESHOLD
+            mallopt(name, value)
 
 
 def meet(common, rank, world, patience=timedelta(minutes=5)):

@@ -95,7 +95,7 @@ class SiT(nn.Module):
 
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size)
-        # Fixed, but a Parameter: in the state dict, and counted in the paper's 130M and 675M.
+        # Fixed, but a Parameter: in the state dict, and counted (XL 675.2M, the paper: 674M).
         positions = sincos_2d(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio)
@@ -165,7 +165,7 @@ def sincos_2d(dim, grid_size):
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
-def preset(**sizes):                                          # kind: the class, SiT or one like it
+def preset(**sizes):                                          # kind: SiT, or a class like it
     return lambda kind=SiT, **kwargs: kind(**{**sizes, **kwargs})
 
 

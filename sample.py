@@ -243,7 +243,7 @@ def main(argv=None):
     shape = (steps if args.trajectory else 1, num, 3, rae.image_size, rae.image_size)
     names = check_room(out, shape, args.out)
     batch_size = min(num, args.batch_size or (128 if device.type == "cuda" else 50))
-    if args.compile and METHODS[run["method"]].network:       # not SiT as it is
+    if args.compile and METHODS[run["method"]].network:       # not a plain SiT
         raise UserError(f"--compile: not for a run of --method {run['method']}")
     compile = compiles(args.compile, device) and not METHODS[run["method"]].network and (
         args.compile or num >= 1000)

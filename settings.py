@@ -1,8 +1,8 @@
 """Every setting once: its name, the paper's value, what may be given, what it is.
 
 The parser of train.py, the check of a resumed run and that of a checkpoint are made of this table.
-To add a setting, add a row. Its value must be what is done without it: older checkpoints are read
-so. Below: what differs by data set and by method; by autoencoder it stands in rae.AUTOENCODERS.
+To add a setting, add a row; older checkpoints, which lack it, are read with its value. Below: what
+differs by data set and by method; by autoencoder it stands in rae.AUTOENCODERS.
 A line that ends in "# laptop" can be deleted with laptop/.
 """
 import os
@@ -43,7 +43,7 @@ TABLE = [                           # a text starts a group of --help
      "the autoencoder; it decides about other defaults, too; pixels: none"),
     ("rae_patch", 16, number(int, 1, 4096), SAME,
      "side of a patch in pixels; of --rae toy and --rae pixels"),
-    ("decoder_steps", 6400, COUNT, SAME, "steps in which the decoder of lite0 is trained first"),
+    ("decoder_steps", 5800, COUNT, SAME, "steps of lite0's decoder, before the denoiser"),
     ("weights_dir", None, str, ANY, "folder with the files of dinov2-b; without it: the Hub"),
     ("data_dir", "datasets", str, ANY, "where downloads and caches of latents go"),
     ("cache_latents", "auto", ("auto", "yes", "no"), ANY,

@@ -138,8 +138,9 @@ class Learner:
 
         batches: an iterator of what draw_inputs returns.
         """
+        # squared_error is only logged; what is not here has 1.
         weights = {"consistency": self.run["consistency"], "squared_error": 0,
-                   "latent_consistency": self.run["latent_consistency"]}  # all others: 1
+                   "latent_consistency": self.run["latent_consistency"]}
         sums = {}
         for m in range(self.accumulate):
             started = time.perf_counter()
@@ -274,7 +275,7 @@ def start_run(args, dataset, rank, world, device):
         train_decoder(rae, dataset, latents, Path(args.data_dir) / "decoders", args.decoder_steps,
                       args.seed, rank, args.flips)
 
-    # What is kept was made in float32; from here on only the autoencoder is, if the network is not.
+    # What is kept was made in full float32; from here on a bfloat16 run has TF32 for the rest.
     allow_tf32(args.dtype == "bfloat16")
     # Model, optimizer, EMAs; the step at which the run is resumed.
     N, start = len(latents), checkpoint["step"] if checkpoint else 0

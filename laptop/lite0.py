@@ -25,8 +25,8 @@ from utils.images import resize, to_float, to_uint8
 from utils.processes import (STOPS, Stop, from_first, global_batch, keyed_generator, note,
                              on_signals)
 
-# What differs from the paper's settings, for photographs of 64 x 64, L = 4,096.
-SETTINGS = {**toy.SETTINGS, "model": "SiT-XS/1", "steps": 5200, "batch_size": 16,
+# For photographs of 64 x 64, L = 4,096: what differs from toy.SETTINGS, which have the rate too.
+SETTINGS = {**toy.SETTINGS, "model": "SiT-XS/1", "steps": 4400, "batch_size": 16,
             "alpha_max": 82.0, "cfg": 2.0, "gamma": 1.0, "sigma_scale": 1.0}
 
 # timm's model and its options; the stage (of forward_intermediates) whose map becomes the latent,
@@ -42,8 +42,8 @@ PRETRAINED = {
                      mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
 }
 WHEEL_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# timm's names -> those of the wheel's file, which numbers the blocks through. The first block does
-# not expand, so that its project convolution has timm's name of the others' first.
+# timm's names -> those of the wheel's file, which numbers the blocks through. In the first block,
+# which does not expand, timm calls the project convolution conv_pw, in others the expanding one.
 WHEEL_NAMES = [
     (r"^(blocks\.0\.0\.bn)(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}"),
     (r"^(blocks\.0\.0\.conv_pw)\b", r"\1l"),
@@ -202,7 +202,7 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
     parts["latent_var"].fill_(kept.mean())                    # no whitening: one scale, to RMS 1
     print(f"{name}: {channels} principal components keep {100 * kept.sum() / variances.sum():.1f}% "
           f"of the variance of {len(variances)} channels")
-    if recipe:      # the last bits of PCA depend on the number of threads; caches of it should not
+    if recipe:      # PCA's last bits depend on the number of threads: caches are named by this
         parts["made_by"] = {**PRETRAINED[name], "pictures": recipe, "seed": seed,
                             "channels": channels}
     return parts
@@ -218,9 +218,9 @@ def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True
     The loss is L1, and relative L1 on the encoder's early features and on their local strength,
     the texture. So that the decoder forgives the denoiser, whose latents are smaller and smoother
     than those of pictures, it is given such, by up to `shrink` and `smooth` of 1, and noise of a
-    deviation of up to `noise`, mostly far less. A tenth of the pictures, 256 at most, is held out
-    for the PSNR; of the others 20,000 are enough, and stay in memory (1 GB at 128 x 128). The
-    result is kept in `folder`, under a hash of what made it; the same call resumes it.
+    deviation of up to `noise`, mostly far less. Of 20,000 pictures at most, in memory (1 GB at
+    128 x 128), a tenth, 256 at most, is held out for the PSNR. The result is kept in `folder`,
+    under a hash of what made it; the same call resumes it.
     """
     N = len(dataset.labels)
     manifest = {"data": dataset.recipe, "encoder": rae.fingerprint(), "image_size": rae.image_size,

@@ -125,8 +125,8 @@ def quality_report(train_set, test_set, rae, sampler, features="lite0", n=500, m
 
     train = torch.zeros(len(chosen), 3, S, S, dtype=torch.uint8)
     rows = {name: torch.zeros(len(labels), 3, S, S, dtype=torch.uint8) for name in (
-        f"{kind} (the floor)", f"{kind}, reconstructed", "class-mean latent",
-        "per-class Gaussian of latents")}
+        f"{kind} ({'the' if kind == 'held-out' else 'no'} floor)", f"{kind}, reconstructed",
+        "class-mean latent", "per-class Gaussian of latents")}
     g = torch.Generator().manual_seed(0)
     for c in tqdm(classes, desc="training pictures", unit="class", leave=False, disable=None):
         latents = []

@@ -178,7 +178,7 @@ def test_quality_report_rows(monkeypatch):
     assert distance(np.cov(z.T.numpy()), np.cov(real.T)) < 0.25
 
     own = quality_report(train_set, None, pixels, sampler, "own", n=600)   # no held-out pictures
-    assert own[0]["pictures"] == "training (the floor)"
+    assert own[0]["pictures"] == "training (no floor)"
     assert own[0]["frechet_own"] == pytest.approx(0, abs=1e-6)
     few = Lines(4, 1)                                                      # red, green, blue, red
     for train_few, test_few in ((train_set, few), (few, test_set)):
@@ -326,7 +326,7 @@ def test_the_report_ends_a_run(photos, tmp_path, monkeypatch, capsys):
     out, run = capsys.readouterr().out, tmp_path / "out" / "run"
     table = kept(run)["rows"]
     assert [row["pictures"] for row in table] == [
-        "training (the floor)", "training, reconstructed", "class-mean latent",
+        "training (no floor)", "training, reconstructed", "class-mean latent",
         "per-class Gaussian of latents",
         "1 step", "2 steps", "4 steps", "8 steps"]
     assert "| 8 steps " in out and "frechet_classifier" in out and table[0]["accuracy"] > 0.9
@@ -353,7 +353,7 @@ def test_pictures_in_memory_are_not_held_against_the_toy(tmp_path, monkeypatch, 
     args = train.parse_args(["--steps", "1", "--batch-size", "8", "--image-size", "32", "--rae-patch", "16", "--report",
                              "20", "--out-dir", str(tmp_path / "run"), "--data-dir", str(tmp_path / "datasets")])
     train.run_on(args, InMemory(images, torch.arange(30) % 10, list("abcdefghij")))
-    assert "| training (the floor)" in capsys.readouterr().out
+    assert "| training (no floor)" in capsys.readouterr().out
     with pytest.raises(UserError, match="toy has other classes than own"):
         quality_report(InMemory(images, torch.arange(30) % 10, list("abcdefghij")), ToyFlowers(32, "test"), None, None,
                        "toy")

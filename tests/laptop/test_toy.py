@@ -144,7 +144,7 @@ def test_what_the_toy_differs_in():
     photos = train.parse_args(["--dataset", "photos"])
     assert (photos.rae, photos.image_size, photos.steps, photos.out_dir) == ("toy", 64, 1500, "out/photos-SiT-T-1")
     lite0 = train.parse_args(["--dataset", "photos", "--rae", "lite0"])
-    assert (lite0.model, lite0.steps, lite0.cfg, lite0.out_dir) == ("SiT-XS/1", 5200, 2, "out/photos-SiT-XS-1-lite0")
+    assert (lite0.model, lite0.steps, lite0.cfg, lite0.out_dir) == ("SiT-XS/1", 4400, 2, "out/photos-SiT-XS-1-lite0")
     assert train.parse_args(["--dataset", "flowers", "--rae", "toy"]).image_size == 64
     pixels = train.parse_args(["--method", "sphere-encoder"])
     assert (pixels.rae, pixels.image_size, pixels.rae_patch, pixels.noise_dist, pixels.out_dir) == (

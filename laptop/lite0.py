@@ -211,7 +211,7 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
 # ---- The decoder's training ----------------------------------------------------------------------
 
 def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=8,
-                  lr=1e-3, noise=0.4, shrink=0.3, smooth=0.25, early_weight=0.3,
+                  lr=2e-3, noise=0.4, shrink=0.3, smooth=0.25, early_weight=0.3,
                   texture_weight=0.6, save_every=400):
     """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
 

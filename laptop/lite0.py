@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from laptop import toy
+from sphere import spherify
 from utils.checkpoint import (check_moments, first_not_finite, load_renamed, load_tensors,
                               save_tensors)
 from utils.cli import UserError, one_line
@@ -121,22 +122,23 @@ class PretrainedEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """(B, C, 8, 8) -> (B, 3, S, S). Copying between two convolutions leaves no checkerboard. If
-    you change what it makes of the same weights, rename one, so that old files are refused."""
+    """(B, C, 8, 8) -> (B, 3, S, S), whatever the norm: a denoiser's latents are shorter. Copying
+    between two convolutions leaves no checkerboard. If you change what it makes of the same
+    weights, rename one, so that old files are refused."""
 
     def __init__(self, channels, image_size, width=256):
         super().__init__()
         n = math.ceil(math.log2(image_size / 8))
         self.sizes = [round(8 * (image_size / 8) ** (i / n)) for i in range(1, n + 1)]  # 16, 32, 64
         widths = [max(32, width // 2 ** i) for i in range(n + 1)]
-        self.inside = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1),
-                                    ResBlock(width, width), ResBlock(width, width))
+        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1),
+                                  ResBlock(width, width), ResBlock(width, width))
         self.upsample = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
         self.out = nn.Sequential(nn.GroupNorm(8, widths[-1]), nn.SiLU(),
                                  nn.Conv2d(widths[-1], 3, 3, padding=1))
 
     def forward(self, z):
-        x = self.inside(z)
+        x = self.stem(spherify(z))
         for size, block in zip(self.sizes, self.upsample):
             x = block(x, size)
         return self.out(x)
@@ -211,22 +213,22 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
 # ---- The decoder's training ----------------------------------------------------------------------
 
 def train_decoder(rae, dataset, latents, folder, steps, seed, rank=0, flips=True, batch_size=8,
-                  lr=2e-3, noise=0.4, shrink=0.3, smooth=0.25, early_weight=0.3,
-                  texture_weight=0.6, save_every=400):
+                  lr=2e-3, noise=0.4, smooth=0.4, early_weight=0.3, texture_weight=0.6,
+                  save_every=400):
     """Trains rae.decoder on the pictures of a run, in the first process; the others receive it.
 
     The loss is L1, and relative L1 on the encoder's early features and on their local strength,
-    the texture. So that the decoder forgives the denoiser, whose latents are smaller and smoother
-    than those of pictures, it is given such, by up to `shrink` and `smooth` of 1, and noise of a
-    deviation of up to `noise`, mostly far less. Of 20,000 pictures at most, in memory (1 GB at
-    128 x 128), a tenth, 256 at most, is held out for the PSNR. The result is kept in `folder`,
-    under a hash of what made it; the same call resumes it.
+    the texture. So that the decoder forgives the denoiser, whose latents are smoother than those of
+    pictures, it is given such, by up to `smooth` of 1, and noise of a deviation of up to `noise`,
+    mostly far less. Of 20,000 pictures at most, in memory (1 GB at 128 x 128), a tenth, 256 at
+    most, is held out for the PSNR. The result is kept in `folder`, under a hash of what made it;
+    the same call resumes it.
     """
     N = len(dataset.labels)
     manifest = {"data": dataset.recipe, "encoder": rae.fingerprint(), "image_size": rae.image_size,
                 "steps": steps, "seed": seed, "batch_size": batch_size, "lr": lr, "noise": noise,
-                "shrink": shrink, "smooth": smooth, "early_weight": early_weight,
-                "texture_weight": texture_weight, "flips": flips, "noise_power": 2}
+                "smooth": smooth, "early_weight": early_weight, "texture_weight": texture_weight,
+                "flips": flips, "input": "spherified"}
     folder = folder_by_hash(folder, f"{dataset.name}-{rae.name}", manifest)
     order = torch.randperm(N, generator=keyed_generator("held out", seed)).numpy()
     held_out, others = np.split(order[:20_000], [min(N // 10, 256)])
@@ -265,12 +267,10 @@ def optimise(rae, dataset, latents, chosen, path, manifest, save_every, stop):
         z = latents.batch(chosen[batch], flips.numpy())[0].float().cpu()              # (b, C, h, w)
         x = images[batch]
         target = targets(torch.where(flips.view(-1, 1, 1, 1) == 1, x.flip(3), x), rae)
-        sigma, shrink, smooth = (
-            manifest[name] * torch.rand(len(z), 1, 1, 1, generator=g) ** power
-            for name, power in (("noise", manifest["noise_power"]), ("shrink", 1), ("smooth", 1)))
+        u, smooth = torch.rand(2, len(z), 1, 1, 1, generator=g)
         around = F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
-        z = (1 - shrink) * torch.lerp(z, around, smooth)
-        z = (z + sigma * torch.randn(z.shape, generator=g)).to(device)
+        z = torch.lerp(z, around, manifest["smooth"] * smooth)
+        z = (z + manifest["noise"] * u ** 2 * torch.randn(z.shape, generator=g)).to(device)
         decoded = decoder(z * rae.std + rae.latent_mean)
         l1 = (decoded - target).abs().mean()
         # Cropped by 0 to 7 pixels: else the encoder's strides would print a grid of 8 pixels.

@@ -158,6 +158,7 @@ def test_shapes_and_the_way_through_a_checkpoint(name, image_size, photos):
     rae = fit_rae(name, images, image_size=image_size, channels=8)
     z = rae.encode(to_float(images[:2]))
     assert z.shape == (2, 8, 8, 8) and rae.decode(z).shape == (2, 3, image_size, image_size)
+    assert torch.allclose(rae.decode(0.5 * z), rae.decode(z), atol=1e-4)      # whatever its norm
     for dy, dx in ((0, 0), (2, 3), (5, 0)):                   # as the decoder's training crops them
         assert all(map.shape[0] == 2 for map in rae.encoder.early(rae.decode(z)[..., dy:, dx:]))
     again = load_rae(rae.saved())
@@ -231,18 +232,21 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
     assert all(torch.equal(a[key], again[key]) for key in a)
 
 
-def test_a_decoder_of_before_is_refused(trained_lite0, capsys):
-    """It had the same weights, but enlarged before the first convolution: other pictures."""
+@pytest.mark.parametrize("name, of_before", [("upsample", "enlarge"), ("stem", "inside")])
+def test_a_decoder_of_before_is_refused(trained_lite0, capsys, name, of_before):
+    """They had the same weights, but the first enlarged before the first convolution, and the
+    second looked at the norm: other pictures."""
     checkpoint = torch.load(trained_lite0, weights_only=True)
     state = checkpoint["rae"]["state"]
-    checkpoint["rae"]["state"] = {key.replace(".upsample.", ".enlarge."): value for key, value in state.items()}
+    checkpoint["rae"]["state"] = {key.replace(f".{name}.", f".{of_before}."): value
+                                  for key, value in state.items()}
     assert checkpoint["rae"]["state"].keys() != state.keys()
     old = trained_lite0.with_name("old.pt")
     torch.save(checkpoint, old)
     with pytest.raises(SystemExit) as stop:
         sample.main(["--ckpt", str(old), "--device", "cpu"])
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "old.pt" in error and "upsample" in error, error
+    assert stop.value.code == 1 and error.count("\n") == 1 and "old.pt" in error and name in error, error
 
 
 def test_texture_is_local_strength():

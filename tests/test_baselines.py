@@ -12,7 +12,7 @@ import data
 import sample
 import sphere
 import train
-from conftest import equal, fit_rae, make_photos, processes, relative_l2, train_args
+from conftest import apart, equal, fit_rae, make_photos, processes, train_args
 from utils.cli import UserError
 from utils.processes import keyed_generator
 
@@ -296,7 +296,7 @@ def test_a_run_is_distilled(trained, tmp_path, capsys):
         "--dataset", trained.parent.parent / "photos"], folder)
     assert statuses == [0, 0], said
     two = torch.load(folder / "out" / "run" / "ckpt.pt", weights_only=True)
-    assert relative_l2(two["model"], whole["model"]) < 1e-5
+    assert apart(two["model"], whole["model"], still["model"]) < 1e-2
     for name in ("whole", "two"):
         files = sorted((tmp_path / name / "datasets" / "pairs").glob("*/*.f16"))
         latents.append(torch.cat([torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.float16) for f in files]))

@@ -43,7 +43,7 @@ TABLE = [                           # a text starts a group of --help
      "the autoencoder; it decides about other defaults, too; pixels: none"),
     ("rae_patch", 16, number(int, 1, 4096), SAME,
      "side of a patch in pixels; of --rae toy and --rae pixels"),
-    ("decoder_steps", 8000, COUNT, SAME, "steps of lite0's decoder, before the denoiser"),
+    ("decoder_steps", 11000, COUNT, SAME, "steps of lite0's decoder, before the denoiser"),
     ("weights_dir", None, str, ANY, "folder with the files of dinov2-b; without it: the Hub"),
     ("data_dir", "datasets", str, ANY, "where downloads and caches of latents go"),
     ("cache_latents", "auto", ("auto", "yes", "no"), ANY,

@@ -131,12 +131,13 @@ class TimestepEmbedder(nn.Module):
 def times(n, p_mean=0.0, p_std=1.0, r_equals_t=0.75, generator=None):
     """Two times for each of n examples -> t >= r, each (n,): logit-normal, the larger is t.
 
-    With probability r_equals_t they are one. MeanFlow's (section 4.3); with r_equals_t = 1 those
-    of flow matching as Esser et al. 2024 train it.
+    With probability r_equals_t r then becomes t: MeanFlow's (section 4.3), in the order of its
+    official code. With r_equals_t = 1 one is drawn, as Esser et al. 2024 train flow matching.
     """
     a, b = torch.sigmoid(p_mean + p_std * torch.randn(2, n, generator=generator))
     one = torch.rand(n, generator=generator) < r_equals_t
-    return torch.where(one, a, torch.maximum(a, b)), torch.where(one, a, torch.minimum(a, b))
+    t = a if r_equals_t == 1 else torch.maximum(a, b)
+    return t, torch.where(one, t, torch.minimum(a, b))
 
 
 def velocity(denoiser, x, y, at, cfg_scale, null_class):

@@ -38,8 +38,8 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
     test or all, of flowers. Pictures that cannot be read or have a side under min_side are an
     error, or with skip_bad left out and counted.
     """
-    name, root = str(name), Path(root)
-    known = DATASETS.get(name, DataSet())
+    kind = name = str(name)
+    root, known = Path(root), DATASETS.get(name, DataSet())
     if split != "all" and not known.has_splits:
         raise UserError(f"--split {split}: only flowers has splits, {name} has one")
     if name in DATASETS and os.path.isdir(name):
@@ -50,11 +50,11 @@ def load_dataset(name, image_size, min_side=1, root="datasets", split="all", ski
         found = known.find(root / name, split)
     elif os.path.exists(name) or os.sep in name:
         found = class_folders(Path(name))
-        name = printable(Path(os.path.realpath(name)).name)
+        kind, name = "folder", printable(Path(os.path.realpath(name)).name)
     else:
         raise UserError(f"--dataset: no data set is called {name!r} and no folder of that name is "
                         f"here; use {', '.join(DATASETS)} or a PATH")
-    return Pictures(name, *found, image_size, known.crop, min_side, root, skip_bad)
+    return Pictures(name, *found, image_size, known.crop, min_side, root, skip_bad, kind)
 
 
 def describe(dataset):
@@ -144,7 +144,7 @@ class Pictures:
     """
 
     def __init__(self, name, folder, files, labels, classes, left_out, image_size, crop, min_side=1,
-                 root="datasets", skip_bad=False):
+                 root="datasets", skip_bad=False, kind="folder"):
         self.name, self.folder, self.classes, self.left_out = name, Path(folder), classes, left_out
         self.image_size, self.crop, self.skip_bad = image_size, crop, skip_bad
         found, bad, path = contents(self.folder, files, root, check=skip_bad)
@@ -168,10 +168,9 @@ class Pictures:
         for label, count in enumerate(torch.bincount(self.labels, minlength=len(classes))):
             if not count:
                 raise UserError(f"class {classes[label]} of {folder} has no pictures: put some in")
-        # A folder may be renamed: its pictures are what they were.
-        self.recipe = {"dataset": name if name in DATASETS else "folder", "n": len(self.files),
-                       "image_size": image_size, "crop": crop.__name__,
-                       "contents": digest.hexdigest()}
+        # Not by its name: a folder may be renamed, its pictures are what they were.
+        self.recipe = {"dataset": kind, "n": len(self.files), "image_size": image_size,
+                       "crop": crop.__name__, "contents": digest.hexdigest()}
 
     def load(self, indices):
         with ThreadPoolExecutor() as pool:                    # PIL lets go of the GIL
@@ -304,7 +303,11 @@ def imagenet(folder, split):
                         "n15075141. ImageNet can't be downloaded without an account: get "
                         "ILSVRC2012's training pictures from image-net.org and put the folders "
                         f"there, or a link: ln -s /where/they/are/train {folder}")
-    return class_folders(folder)
+    *found, names, left_out = class_folders(folder)
+    if len(names) != 1000:
+        raise UserError(f"{folder} has {len(names)} folders with pictures, not 1000: take out "
+                        f"{', '.join(sorted(set(names) - set(classes)))}")
+    return *found, names, left_out
 
 
 # ---- Those that have a name ----------------------------------------------------------------------

@@ -126,7 +126,8 @@ def latents(args):
     chosen = torch.randperm(len(dataset.labels), generator=g)[:500]
     z = torch.cat([rae.encode(to_float(dataset.load(part).to(rae.device))).cpu()
                    for part in chosen.split(50)])
-    found = geometry(z, dataset.labels[chosen])
+    found = geometry(z, dataset.labels[chosen]).items()
+    found = {name: values for name, values in found if len(values)}       # one class has no other
     print(f"{dataset.name}, {rae.name}: {len(z)} pictures, L = {z[0].numel():,}")
     for name, values in found.items():
         print(f"{name:<26}{values.mean():7.2f} ± {values.std():.2f}")
@@ -166,6 +167,8 @@ def main(argv=None):
     add("--out", help="NAME.png, or of between NAME.gif (default: COMMAND.png)")
     args = parser.parse_args(argv[:1] if argv[:1] == ["latents"] else argv)
     out = Path(args.out or f"{args.command}.png")
+    if out.suffix not in (".png", ".gif")[:1 + (args.command == "between")]:
+        parser.error(f"--out {out}: NAME.png, or of between NAME.gif")
     refuse_files_of_others([out])
     if args.command in ("curves", "latents"):
         figure = plot(curves(args.what) if args.what else

@@ -311,6 +311,8 @@ def frechet_of_features(features1, features2):
 def principal_components(features, n=64):
     """features (N, D), float64 -> their mean (D,) and n first components (D, n), 0 beyond the rank.
     """
+    if len(features) < 2:
+        raise ValueError("1 picture: a covariance needs two")
     variances, components = torch.linalg.eigh(torch.cov(features.T))      # rising
     components = components * (variances > 1e-9 * variances[-1])
     return features.mean(0), components.flip(1)[:, :n]
@@ -451,6 +453,8 @@ def parse_args(argv):
     if args.features in NETWORKS and of_fid:
         parser.error("--metrics, --save-stats, --pipeline, --as-pytorch-fid and "
                      "--inception-weights are for FID: --features have numbers of their own")
+    if args.as_pytorch_fid and not any(Path(name).is_dir() for name in (args.A, args.B) if name):
+        parser.error("--as-pytorch-fid: how a folder is read, and none is given")
     if args.save_stats and (args.B or args.metrics):
         parser.error("--save-stats keeps what fid and sfid need of A: leave out B and --metrics")
     if not (args.B or args.save_stats or args.metrics == "is"):

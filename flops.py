@@ -140,7 +140,8 @@ def cost(part, num_classes=1000, **more):
 def sphere_encoder_cost(model):
     """GFLOPs of its encoder and its decoder, here two SiTs on pictures in patches of 16."""
     channels = SphereEncoder.latent_channels
-    return cost(model, out_channels=channels)[1], cost(model, in_channels=channels)[1]
+    return cost(model, out_channels=channels)[1], cost(
+        model, in_channels=channels, out_channels=LATENT[0])[1]
 
 
 def sampling_cost(model, steps, guided, method="sphere"):
@@ -457,11 +458,15 @@ def main(argv=None):
                         "for measuring: add --bench")
     elif args.model or args.steps or guided or args.method:
         model, method = args.model or "SiT-B/1", args.method or "sphere"
-        parts = {"the denoiser, once": cost(model)[1], "the decoder, once": cost("decoder")[1],
-                 "a picture": sampling_cost(model, steps, guided, method),
+        network = {**METHODS[method].network, "in_channels": LATENT[0]}
+        parts = {"the denoiser, once": cost(model, **network)[1],
+                 "the decoder, once": cost("decoder")[1]}
+        if method == "sphere-encoder":
+            parts = dict(zip(("encoder, once", "decoder, once"), sphere_encoder_cost(model)))
+        parts |= {"a picture": sampling_cost(model, steps, guided, method),
                  "an example in training": training_cost(model, method=method)}
-        found = {"model": model, "parameters": cost(model)[0], "steps": steps, "guided": guided,
-                 "NFE": steps * (1 + guided),
+        found = {"model": model, "parameters": cost(model, **network)[0], "steps": steps,
+                 "guided": guided, "NFE": steps * (1 + guided),
                  "rows": [{"what": what, "GFLOPs": flops[0].item(), "whole": flops[1].item()}
                           for what, flops in parts.items()]}
         text = (f"{model}, {found['parameters']:,} parameters with 1000 classes; --steps {steps}, "

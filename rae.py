@@ -489,6 +489,9 @@ class LatentCache:
                              rank, world)
                 barrier()
         self.files = self._files()
+        if len(self.files) < len(self.parts):
+            raise UserError(f"process {rank} sees {len(self.files)} of {len(self.parts)} files of "
+                            f"{self.folder}: all must see the same folder")
 
     def _files(self):
         """{number: path} of those that are there and have the right size."""

@@ -121,8 +121,8 @@ def draw_batches(denoiser, rae, batches, seed, steps, null_class, trajectory=Fal
         shape, predictions = (len(indices), *rae.latent_shape), []
         z = variant(method, spherify).sample(
             denoiser, shape, labels.to(rae.device), steps, null_class=null_class,
-            noise=(eps.to(rae.device, non_blocking=True) for eps in drawn), trajectory=predictions,
-            **settings)
+            noise=(eps.to(rae.device, non_blocking=rae.device.type == "cuda") for eps in drawn),
+            trajectory=predictions, **settings)
         if not z.isfinite().all():
             raise UserError("the sampled latents are not finite: try less guidance, or the float32 "
                             "of --device cpu")
@@ -131,12 +131,12 @@ def draw_batches(denoiser, rae, batches, seed, steps, null_class, trajectory=Fal
 
 
 def keyed_noise(seed, indices, shape, same, steps):
-    """Noise (n, *shape) without end, of each picture its own; for `steps` it is drawn at once."""
+    """Noise (n, *shape) without end, of each picture its own; for `steps`, 8 at most, at once."""
     generators = [keyed_generator("sample", seed, int(i)) for i in indices]
     fresh = (noise_of_each(generators, shape) for _ in itertools.count())
     if same:
         return itertools.repeat(next(fresh))
-    return itertools.chain(list(itertools.islice(fresh, steps)), fresh)
+    return itertools.chain(list(itertools.islice(fresh, min(steps, 8))), fresh)
 
 
 def shares_of(counts, indices):
@@ -193,6 +193,8 @@ def parse_args(argv):
         parser.error(f"--out {args.out}: a file ends in .npz, {', '.join(GRIDS)}, a folder in /")
     if args.sigmas and args.gamma is not None:
         parser.error("--sigmas are the noise as it is: no --gamma")
+    if args.npz and args.out and ending != ".npz":
+        parser.error("--npz is a file beside the checkpoint, --out another place: give one")
     if args.trajectory and (args.npz or ending == ".npz"):
         parser.error("--trajectory goes into a grid or a folder, not into an npz")
     return args

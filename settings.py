@@ -176,7 +176,7 @@ def parse_args(argv=None, description=None):
         if getattr(args, name) != values[name]:
             flag = f"no-{name}" if SETTINGS[name].value is True else name.replace("_", "-")
             parser.error(f"--{flag} means nothing to {why}")
-    if args.sigma is None:
+    if args.sigma is None and args.method != "distill":       # which has its teacher's
         args.sigma = args.sigma_scale * angle_to_sigma(args.alpha_max)
     if not args.out_dir:
         name = printable(Path(os.path.realpath(args.dataset)).name)[:80]
@@ -200,6 +200,10 @@ def idle(values):
                 yield name, f"--{kind.replace('_', '-')} {values[kind]}"
     if not values["mix_prob"]:
         yield "alpha_mix", "--mix-prob 0"
+    if values["init_from"]:
+        yield "decoder_steps", "--init-from, which brings its autoencoder"
+    if not AUTOENCODERS[values["rae"]].fetch:
+        yield "weights_dir", f"--rae {values['rae']}"
 
 
 def check_args(parser, args):
@@ -219,6 +223,10 @@ def check_args(parser, args):
     if args.method == "sphere" and not args.consistency and args.reconstruct == "low":
         parser.error("--consistency 0 leaves the noisier level without a loss: add --reconstruct "
                      "both")
+    if args.encode_only and args.cache_latents == "no":
+        parser.error("--encode-only fills the cache: no --cache-latents no")
+    if args.report == 1:
+        parser.error("--report 1: a row wants two pictures or more; 0: none")
     if len(set(args.ema_decay)) < len(args.ema_decay):
         parser.error(f"--ema-decay {args.ema_decay}: one of them is there twice")
     world = torchrun_environment()[1]

@@ -5,10 +5,10 @@
     torchrun --nproc-per-node gpu train.py --dataset flowers  # the paper's; animal-faces, imagenet
 
 The same command again resumes the run; Ctrl-C and SIGTERM save before they end it. Everything
-random is a function of (seed, step, example): a resumed run is identical, another number of
-processes differs in rounding alone. out/<run>/ receives args.json, pictures.npz (files and their
-checksums), log.jsonl (a line a logged step), samples-*.png, quality.json and ckpt.pt, from which
-sample.py draws. Every setting is explained in settings.py.
+random is a function of (seed, step, example, kind of device): a run that is resumed, compiled or
+in another number of processes differs in rounding, if at all. out/<run>/ receives args.json,
+pictures.npz (files and their checksums), log.jsonl (a line a logged step), samples-*.png,
+quality.json and ckpt.pt, from which sample.py draws. Every setting is explained in settings.py.
 """
 import contextlib
 import math
@@ -57,6 +57,7 @@ class Learner:
         self.run, self.device, self.world, self.accumulate = run, device, world, accumulate
         self.micro = run["batch_size"] // (world * accumulate)
         self.first = rank * accumulate * self.micro           # of the global batch
+        self.pins = device.type == "cuda"                     # then copies are not waited for
         self.method = variant(run["method"], run["spherify"], run["reconstruct"])
         self.raw_model = build_network(run["method"], run["model"], latent_shape, num_classes)
         self.raw_model.to(device)
@@ -117,8 +118,7 @@ class Learner:
         mine = slice(first, first + self.micro)
         indices = global_batch(len(latents), n, step, run["seed"])[mine]
         inputs = *latents.batch(indices, flips[mine].numpy()), *(t[mine] for t in (*levels, drop))
-        pins = self.device.type == "cuda"                     # then the copy is not waited for
-        return [t.pin_memory() if pins and t.device.type == "cpu" else t for t in inputs]
+        return [t.pin_memory() if self.pins and t.device.type == "cpu" else t for t in inputs]
 
     def draw_noise(self, name, step, m, z):
         """N(0, I) like z; that of an example is its own, whichever process computes it."""
@@ -146,7 +146,7 @@ class Learner:
             started = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - started
-            z, y, hi, lo, dropped = (t.to(self.device, non_blocking=True) for t in batch)
+            z, y, hi, lo, dropped = (t.to(self.device, non_blocking=self.pins) for t in batch)
             z = z.float()
             noise = [self.draw_noise("eps", step, m, z) if self.method.draws_noise else None]
             if self.run["latent_consistency"]:
@@ -251,12 +251,17 @@ def start_run(args, dataset, rank, world, device):
     out, num_classes = Path(args.out_dir), len(dataset.classes)
     run, distills = settings.defining(vars(args)), args.method == "distill"
     checkpoint = load_run(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
+    start = checkpoint["step"] if checkpoint else 0
+    if start != (first := from_first(start)):
+        raise UserError(f"process {rank} finds step {start} in {out}, process 0 step {first}: all "
+                        "must see the same --out-dir")
     init = load_run(args.init_from) if args.init_from and (distills or not checkpoint) else None
     if distills:
         run["teacher_sha256"] = args.teacher_sha256 = hash_of(next(iter(init["ema"].values())))
+        args.sigma = init["args"]["sigma"] if args.sigma is None else args.sigma
     if checkpoint:
-        refuse_another_run(out, run, checkpoint["args"], dataset.recipe,
-                           lambda: what_changed(out / "pictures.npz", dataset))
+        refuse_another_run(out, run, dict(settings.idle(vars(args))), checkpoint["args"],
+                           dataset.recipe, lambda: what_changed(out / "pictures.npz", dataset))
     if init:
         refuse_another_start(args.init_from, init, run, dataset.classes)
     rae = open_rae(args.rae, dataset, args.image_size, args.rae_patch, args.seed, device,
@@ -277,8 +282,8 @@ def start_run(args, dataset, rank, world, device):
 
     # What is kept was made in full float32; from here on a bfloat16 run has TF32 for the rest.
     allow_tf32(args.dtype == "bfloat16")
-    # Model, optimizer, EMAs; the step at which the run is resumed.
-    N, start = len(latents), checkpoint["step"] if checkpoint else 0
+    # Model, optimizer, EMAs.
+    N = len(latents)
     if args.epochs is not None:
         args.steps = -(-args.epochs * N // args.batch_size)
     compile = start < args.steps and not METHODS[args.method].forward_mode

@@ -1,11 +1,12 @@
 """One's own photographs without a cluster: not the paper's.
 
 The encoder is a stage of a small pretrained network of timm, reduced by PCA to 64 channels; the
-decoder is convolutional and trained on the same pictures, a quarter of an hour on two cores. The
+decoder is convolutional and trained on the same pictures, 15 to 30 minutes on two cores. The
 network's last features are also a space in which fid.py compares small sets. lite0 is
 EfficientNet-Lite0 (19 MB, from the Hub or a wheel), dinov2-s is another of the kind.
 """
 import math
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 
@@ -112,7 +113,8 @@ class PretrainedEncoder(nn.Module):
         return self.maps(images, [self.spec["stage"]])[0]
 
     def early(self, images):
-        sides = [side // self.spec["multiple"] * self.spec["multiple"] for side in images.shape[2:]]
+        step = self.spec["multiple"]
+        sides = [max(1, side // step) * step for side in images.shape[2:]]
         if sides != list(images.shape[2:]):                   # height and width are cropped apart
             images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
         return self.maps(images, self.spec["early"])
@@ -197,8 +199,10 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-6
     x = (x - mean) / std
     variances, components = torch.linalg.eigh(x @ x.T / x.shape[1])
-    kept = variances.flip(0)[:channels]
-    weight = components.flip(1)[:, :channels].T / std.T       # (channels, width)
+    kept, components = variances.flip(0)[:channels], components.flip(1)[:, :channels]
+    # Each has a positive largest entry: LAPACKs differ in signs, of which made_by knows nothing.
+    components = components * components.gather(0, components.abs().argmax(0, keepdim=True)).sign()
+    weight = components.T / std.T                             # (channels, width)
     encoder.pca.weight.copy_(weight[:, :, None, None])
     encoder.pca.bias.copy_(-weight @ mean[:, 0])
     parts["latent_var"].fill_(kept.mean())                    # no whitening: one scale, to RMS 1
@@ -206,7 +210,7 @@ def fit(name, images, image_size, channels=64, device="cpu", seed=0, recipe=None
           f"of the variance of {len(variances)} channels")
     if recipe:      # PCA's last bits depend on the number of threads: caches are named by this
         parts["made_by"] = {**PRETRAINED[name], "pictures": recipe, "seed": seed,
-                            "channels": channels}
+                            "channels": channels, "signs": "of the largest"}
     return parts
 
 
@@ -319,10 +323,12 @@ def load_decoder(path, manifest, decoder, optimizer):
     try:
         if state["manifest"] != manifest or first_not_finite(state):
             raise ValueError("other settings than its name says, or values that are not finite")
+        step = int(state["step"])
+        deepcopy(decoder).load_state_dict(state["decoder"])   # what fits would be loaded, else
         check_moments(state["optimizer"], decoder.parameters())
-        decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        decoder.load_state_dict(state["decoder"])
+        return step
     except Exception as error:                                # a file may hold anything
         raise UserError(f"{path} cannot be used ({one_line(error)})") from error
 

@@ -196,7 +196,7 @@ def report_of_run(path, held_out=None, features=None, data_dir="datasets", batch
     if train_set.recipe != run["pictures"]:
         raise UserError(f"the pictures of {run['dataset']} are not those of the run: they are the "
                         "report's reference")
-    test_set = held_out_set(run["dataset"], rae.image_size)
+    test_set = held_out_set(run["dataset"], sides[0])
     if held_out:
         test_set = load_dataset(held_out, *sides, data_dir, skip_bad=run["skip_bad"])
         check_held_out(held_out, test_set, train_set, classes)
@@ -219,8 +219,9 @@ def end_of_run(out, run, dataset, rae, sampler, step):
                 and quality.stat().st_mtime >= (out / "ckpt.pt").stat().st_mtime):
             return
     allow_tf32(False)                                         # the training's
+    side, _ = picture_sides(rae.name, rae.image_size, run["rae_patch"])
     try:
-        test_set = held_out_set(dataset.recipe["dataset"], run["image_size"])
+        test_set = held_out_set(dataset.recipe.get("dataset"), side)
         table = quality_report(dataset, test_set, rae, sampler, AUTOENCODERS[rae.name].features,
                                run["report"])
         print(report_text(table, run, step))

@@ -148,6 +148,9 @@ def test_times():
     t, r = baselines.times(50_000, -0.4, 1.0, generator=generator())
     assert (t >= r).all() and (t < 1).all() and (r > 0).all()
     assert abs((t == r).double().mean() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 50_000)
+    # Of the larger of two normal numbers the mean is 1 / sqrt(pi), with r = t and without.
+    for some in (t[t == r], t[t > r]):
+        assert abs(torch.logit(some.double()).mean() + 0.4 - 1 / math.sqrt(math.pi)) < 0.03
     t, r = baselines.times(50_000, 0.3, 1.2, r_equals_t=1.0, generator=generator())
     logit = torch.logit(t.double())
     assert torch.equal(t, r) and abs(logit.mean() - 0.3) < 0.03 and abs(logit.std() - 1.2) < 0.03
@@ -274,6 +277,8 @@ def test_a_run_is_distilled(trained, tmp_path, capsys):
     still = run("still", "1", more=["--lr", "0"])
     assert equal(still["model"], teacher["ema"]["0.995"]) and equal(still["rae"], teacher["rae"])
     assert all(equal(ema, still["model"]) for ema in still["ema"].values()) and len(still["ema"]) == 2
+    torch.save({**teacher, "args": {**teacher["args"], "sigma": 2.5}}, tmp_path / "less.pt")
+    assert run("less", "1", teacher=tmp_path / "less.pt")["args"]["sigma"] == 2.5
 
     whole, resumed = run("whole", "4"), run("resumed", "2 4")
     assert "encoded 300 pairs" in capsys.readouterr().out

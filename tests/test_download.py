@@ -1,8 +1,10 @@
+import contextlib
 import hashlib
 import io
 import shutil
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 import data
 from data import load_dataset
+from utils import files
 from utils.cli import UserError
 from utils.files import download, file_hash, unpack
 
@@ -59,6 +62,26 @@ def test_a_whole_part_is_only_renamed(url, server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(BYTES)
     assert download(url, tmp_path / "file.bin", **PINS).read_bytes() == BYTES
     assert server.ranges == []
+
+
+def test_two_runs_fetch_once(url, server, tmp_path):
+    """They would write into one part."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: download(url, tmp_path / "file.bin", **PINS).read_bytes(), range(4)))
+    assert found == [BYTES] * 4 and server.ranges == [None]
+
+
+def test_who_waits_and_is_stopped_leaves_anothers_unpacking(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def waits(folder, wait):
+        (folder / ".part-jpg").mkdir()                        # of the one that it waits for
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(files, "locked", waits)
+    with pytest.raises(KeyboardInterrupt):
+        unpack(tmp_path / "a.zip", tmp_path, "jpg")
+    assert (tmp_path / ".part-jpg").exists()
 
 
 @pytest.mark.parametrize("pins,message", [
@@ -236,6 +259,11 @@ def test_imagenet_is_a_folder_of_a_thousand(tmp_path):
     found = load_dataset("imagenet", 16, root=tmp_path)
     assert found.classes == sorted(found.classes) and found.classes[0] == "n01440764"
     assert found.labels.tolist() == list(range(1000)) and found.recipe["crop"] == "adm_crop"
+    (tmp_path / "imagenet" / "val").mkdir()
+    (tmp_path / "imagenet" / "val" / "1.JPEG").write_bytes(picture)
+    with pytest.raises(UserError, match="has 1001 folders with pictures, not 1000: take out val$"):
+        load_dataset("imagenet", 16, root=tmp_path)
+    shutil.rmtree(tmp_path / "imagenet" / "val")
     (tmp_path / "imagenet" / "n01440764" / "n01440764_1.JPEG").unlink()
     with pytest.raises(UserError, match="n01440764 has no pictures"):
         load_dataset("imagenet", 16, root=tmp_path)

@@ -132,7 +132,8 @@ def test_plots_and_what_they_need(trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("status, words, argv", [
     (1, "no.png cannot be read", ["vary", "no.png"]), (2, "vary takes one picture", ["vary", "a", "b"]),
     (2, "between two seeds", ["between", "1"]), (1, "nowhere has no log.jsonl of a run", ["curves", "nowhere"]),
-    (2, "must be 90 or less", ["vary", "x.png", "--angle", "91"]), (2, "--classes 7: there is no such", ["between", "0", "1", "--classes", "7"]),
+    (2, "must be 90 or less", ["vary", "x.png", "--angle", "91"]),
+    (2, "--out a.jpg: NAME.png", ["vary", "x.png", "--out", "a.jpg"]), (2, "--out b: NAME.png", ["curves", ".", "--out", "b"]), (2, "--classes 7: there is no such", ["between", "0", "1", "--classes", "7"]),
     (2, "unrecognized arguments: --datset", ["latents", "--datset", "toy"]), (2, "between two seeds", ["between", "0", "x"])])
 def test_bad_arguments(status, words, argv, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

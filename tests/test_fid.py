@@ -530,5 +530,9 @@ def test_bad_input(weights_file, tmp_path, monkeypatch, capsys):
         weights = ["--inception-weights", weights_file] if "one.npz" in A or "broken" == B else []
         found, error = fail([a for a in (A, B, *weights) if a], capsys)
         assert found == status and word in error, error
+    status, error = fail(["good.npz", "large.npz", "--as-pytorch-fid"], capsys)
+    assert status == 2 and "--as-pytorch-fid: how a folder is read, and none is given" in error
+    with pytest.raises(ValueError, match="1 picture: a covariance needs two"):
+        fid.principal_components(torch.ones(1, 64, dtype=torch.float64))
     same = result(["large.npz", "large.npz"], capsys)["numbers"]
     assert same == {"FID": pytest.approx(0, abs=1e-9)}

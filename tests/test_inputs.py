@@ -58,8 +58,13 @@ def test_contents_decide_and_names_of_folders_do_not(tmp_path):
     rae = fit_rae("pixels", first.load(range(4)), patch_size=8)
     caches = [LatentCache(dataset, rae, root / "latents") for dataset in (first, second)]
     assert not torch.equal(*(cache.batch(range(4), [0] * 4)[0] for cache in caches))
-    moved = load_dataset(str(a.rename(tmp_path / "renamed")), 16, root=root)
-    assert moved.recipe == first.recipe
+    # Nor does that of a data set of ours.
+    for name in ("flowers", "toy"):
+        moved = load_dataset(str((a := a.rename(tmp_path / name))), 16, root=root)
+        assert moved.recipe == first.recipe and first.recipe["dataset"] == "folder"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="sees 0 of 1 files of"):
+        patch.setattr("rae.from_first", lambda value: True)   # the first process has them, on another disk
+        LatentCache(moved, rae, tmp_path / "elsewhere")
     moved.load = None                                         # its latents are there already
     assert LatentCache(moved, rae, root / "latents").folder == caches[0].folder
 

@@ -6,12 +6,16 @@ import sys
 import threading
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import sample
 import train
 from conftest import ROOT, equal, make_photos, processes, train_args
-from utils.processes import meet
+from utils.cli import UserError
+from utils.processes import compiled, meet, setup
 
 # train.py, in which process 1 is killed in step 3 of the first attempt.
 DIES = """
@@ -82,6 +86,51 @@ def test_a_run_on_two_machines_goes_on_after_a_process_died(tmp_path):
     killed, whole = (torch.load(path / "ckpt.pt", weights_only=True) for path in (tmp_path / "out" / "run",
                                                                                   tmp_path / "whole"))
     assert equal(killed["model"], whole["model"]) and equal(killed["ema"], whole["ema"])
+
+
+def later(path):
+    """What process 1 finds on another machine, which has an out/ of its own."""
+    checkpoint = sample.load_run(path)
+    return {**checkpoint, "step": checkpoint["step"] + int(os.environ["RANK"])}
+
+
+def test_processes_that_find_different_checkpoints_are_refused(photos, tmp_path):
+    train.main(train_args(tmp_path, "--steps", "2"))
+    before = (tmp_path / "out" / "run" / "ckpt.pt").read_bytes()
+    status, _, errors = processes("train", train_args(tmp_path, "--steps", "4"), tmp_path,
+                                  changes={"train": {"load_run": later}})
+    assert status == [1, 1] and before == (tmp_path / "out" / "run" / "ckpt.pt").read_bytes()
+    assert "process 1 finds step 3 in" in errors and "process 0 step 2: all must see the same --out-dir" in errors
+    assert errors.count("\n") == 1 and "Traceback" not in errors
+
+
+def test_trying_what_is_compiled_leaves_the_reducer_alone(monkeypatch):
+    """A network in two parts, of which one is tried: the first step would find gradients missing."""
+    class Parts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x, both=False):
+            return self.second(self.first(x)) if both else self.first(x)
+
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: network)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = compiled(DistributedDataParallel(Parts()), "float32", torch.ones(2, 3))
+        for _ in range(2):
+            network(torch.ones(2, 3), both=True).sum().backward()
+        assert all(p.grad is not None for p in network.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_several_processes_on_a_mac_are_refused(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--device mps cannot be used here: it is for one process; several take"):
+        setup("mps")
 
 
 stat, scandir = os.stat, os.scandir

@@ -67,7 +67,9 @@ def load_checkpoint(path, check=lambda checkpoint: None):
             raise ValueError(f"{name} is not finite")
         check(checkpoint)
     except Exception as error:                                # a file may hold anything
-        raise UserError(f"{path} cannot be used: {one_line(error)}") from error
+        what_now = "; if older code wrote it, use that, or train anew"    # load_state_dict's
+        raise UserError(f"{path} cannot be used: {one_line(error)}"
+                        + what_now * isinstance(error, RuntimeError)) from error
     return checkpoint
 
 
@@ -108,13 +110,14 @@ def check_weights(checkpoint, model):
     check_moments(checkpoint["optimizer"], (p for p in model.parameters() if p.requires_grad))
 
 
-def refuse_another_run(out, run, before, recipe, what_changed):
+def refuse_another_run(out, run, idle, before, recipe, what_changed):
     """UserError: the checkpoint in `out` is of other settings or pictures.
 
-    run: the settings that define a run; before: those of the checkpoint; recipe: of the pictures.
+    run: the settings that define a run, but for those that are idle, whose defaults may have
+    changed; before: those of the checkpoint; recipe: of the pictures.
     """
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in run.items()
-               if before.get(name) != value]
+               if before.get(name) != value and name not in idle]
     if before["pictures"] != recipe and not changed:
         changed = [what_changed()]
     if changed:

@@ -188,10 +188,16 @@ def download(url, path, size=None, sha256=None, md5=None):
     size in bytes; http, https and file URLs. UserError: no network, no room, or not the file that
     was expected.
     """
-    path, part = Path(path), Path(f"{path}.part")
-    if path.exists():
-        return verify(path, f"remove it to fetch it again from {url}", size, sha256, md5)
-    make_folder(part.parent)
+    path = Path(path)
+    if not path.exists():
+        with locked(path.parent, wait=True):
+            if not path.exists():                             # else another run was faster
+                return fetch(url, path, size, sha256, md5)
+    return verify(path, f"remove it to fetch it again from {url}", size, sha256, md5)
+
+
+def fetch(url, path, size, sha256, md5):
+    part = Path(f"{path}.part")
     have = part.stat().st_size if part.exists() else 0
     by_hand = f"or put the file at {path} by hand"
     if not have or have != size:                              # else it only lacks its name
@@ -217,7 +223,7 @@ def download(url, path, size=None, sha256=None, md5=None):
         except urllib.error.HTTPError as error:
             if error.code == 416 and have:                    # no more: not a part of this file
                 part.unlink()
-                return download(url, path, size, sha256, md5)
+                return fetch(url, path, size, sha256, md5)
             raise UserError(f"{url} cannot be fetched ({error}): try later, {by_hand}") from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError,
                 ssl.SSLError) as error:
@@ -247,11 +253,11 @@ def unpack(archive, folder, name):
         raise UserError("this Python cannot keep an archive inside its folder: take 3.10.12, "
                         "3.11.4 or newer")
     part = folder / f".part-{name}"
-    note(f"unpacking {archive}")
-    try:
-        with locked(folder, wait=True):
-            if (folder / name).exists():                      # another run was faster
-                return
+    with locked(folder, wait=True):
+        if (folder / name).exists():                          # another run was faster
+            return
+        note(f"unpacking {archive}")
+        try:
             shutil.rmtree(part, ignore_errors=True)
             if archive.suffix == ".zip":                      # makes no links, keeps names inside
                 with zipfile.ZipFile(archive) as opened:
@@ -263,8 +269,8 @@ def unpack(archive, folder, name):
                 raise UserError(f"{archive} has no folder {name}: it is another archive than "
                                 "expected")
             (part / name).rename(folder / name)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
-        raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it "
-                        "again") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+            raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it "
+                            "again") from error
+        finally:                                              # still locked: it may be another's
+            shutil.rmtree(part, ignore_errors=True)

@@ -48,7 +48,9 @@ def to_uint8(images):
 
 def resize(images, size):
     """(B, 3, H, W) -> float (B, 3, size, size), bicubic with antialias; it overshoots: clamp."""
-    return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+    x = images.float()
+    on = x.cpu() if x.device.type == "mps" else x             # torch 2.6 and 2.7 have none there
+    return F.interpolate(on, size=(size, size), mode="bicubic", antialias=True).to(x.device)
 
 
 def to_tensor(picture):

@@ -170,6 +170,8 @@ def setup(device="auto"):
         device = torch.device(device)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("there are cpu, cuda (ROCm's, too) and mps")
+        if device.type == "mps" and world > 1:
+            raise RuntimeError("it is for one process; several take --device cpu")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local)
         torch.zeros(1, device=device)
@@ -340,11 +342,14 @@ def allow_tf32(on):
 def compiled(network, dtype, *inputs, **more):
     """The network compiled, and tried on inputs; as it is, with a word, where that fails."""
     started, found = time.perf_counter(), torch.compile(network, dynamic=False)
+    # Of several processes each tries alone: it may fail in one, and not all parts have gradients.
+    alone = getattr(network, "no_sync", contextlib.nullcontext)
     try:
-        with autocast(dtype, inputs[0].device):
-            predicted = found(*inputs, **more)
-        if torch.is_grad_enabled():
-            predicted.float().mean().backward()
+        with alone():
+            with autocast(dtype, inputs[0].device):
+                predicted = found(*inputs, **more)
+            if torch.is_grad_enabled():
+                predicted.float().mean().backward()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
     except Exception as error:                                # compilers fail in many ways
         note(f"not compiled, and slower for it ({one_line(error)}); --no-compile does without "
@@ -410,7 +415,10 @@ def physical_memory():
 # ---- Random numbers, by keys ---------------------------------------------------------------------
 
 def keyed_generator(*key, device="cpu"):
-    """A generator that is a function of its key alone, e.g. ("eps", seed, step, example)."""
+    """A function of its key, e.g. ("eps", seed, step, example), and of the kind of device alone.
+
+    A CPU's looks at 32 bits: that two of 50,000 pictures share their noise has a chance of 1 in 4.
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

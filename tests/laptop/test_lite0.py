@@ -1,5 +1,6 @@
 """--rae lite0 and its like: a pretrained encoder of timm (here with random weights), PCA, a
 decoder that is trained."""
+import copy
 import functools
 import zlib
 from importlib.util import find_spec
@@ -151,6 +152,21 @@ def test_pca_is_numpys(fitted):
     assert lost == pytest.approx(variances[8:].sum(), rel=1e-4)
 
 
+def test_the_signs_of_pca_are_not_lapacks(fitted, monkeypatch):
+    """Caches of latents go from machine to machine, and are named by what made them, not by LAPACK."""
+    rae, images = fitted
+    eigh = torch.linalg.eigh
+
+    def turned(matrix):
+        variances, components = eigh(matrix)
+        return variances, components * (-1) ** (torch.arange(len(variances)) // 2)
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    other = fit_rae("lite0", images, image_size=64, channels=8)
+    assert torch.equal(rae.encoder.pca.weight, other.encoder.pca.weight)
+    assert rae.encoder.pca.weight.count_nonzero() > 0
+
+
 @pytest.mark.parametrize("name,image_size",
                          [("lite0", 64), ("lite0", 96), ("lite0", 128), ("dinov2-s", 64)])
 def test_shapes_and_the_way_through_a_checkpoint(name, image_size, photos):
@@ -231,6 +247,15 @@ def test_the_decoder_goes_on_where_it_stopped_and_forgives_noise(photos, tmp_pat
     again = torch.load(killed / "other" / "ckpt.pt", weights_only=True)["rae"]["state"]
     assert all(torch.equal(a[key], again[key]) for key in a)
 
+    # One that lacks something is refused before any of it is taken.
+    del state["decoder"]["out.2.bias"]
+    torch.save(state, saved)
+    decoder = lite0.ConvDecoder(64, 64)
+    before = copy.deepcopy(decoder.state_dict())
+    with pytest.raises(UserError, match=r"decoder.pt cannot be used \(.*out.2.bias"):
+        lite0.load_decoder(saved, state["manifest"], decoder, torch.optim.AdamW(decoder.parameters()))
+    assert all(torch.equal(before[key], value) for key, value in decoder.state_dict().items())
+
 
 @pytest.mark.parametrize("name, of_before", [("upsample", "enlarge"), ("stem", "inside")])
 def test_a_decoder_of_before_is_refused(trained_lite0, capsys, name, of_before):
@@ -246,7 +271,8 @@ def test_a_decoder_of_before_is_refused(trained_lite0, capsys, name, of_before):
     with pytest.raises(SystemExit) as stop:
         sample.main(["--ckpt", str(old), "--device", "cpu"])
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "old.pt" in error and name in error, error
+    assert stop.value.code == 1 and error.count("\n") == 1 and "old.pt" in error, error
+    assert name in error and "train anew" in error, error
 
 
 def test_texture_is_local_strength():

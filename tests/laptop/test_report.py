@@ -1,9 +1,11 @@
 """The quality report of a run, the feature spaces of small networks, and a run from before."""
 import contextlib
+import copy
 import io
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import rae
 import sample
 import train
 from conftest import ROOT, fit_rae, make_photos, train_args
-from data import InMemory
+from data import DATASETS, InMemory
 from fid import frechet_of_features
 from laptop import lite0, report, toy
 from laptop.report import Features, diversity, quality_report
@@ -344,6 +346,27 @@ def test_the_report_ends_a_run(photos, tmp_path, monkeypatch, capsys):
     for a, b in zip(again, table):
         assert a == {key: value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
                      for key, value in b.items()}
+
+
+def test_a_report_of_the_toy_through_lite0(random_lite0, tmp_path, monkeypatch, capsys):
+    """Its pictures are drawn at the 128 pixels that the encoder looks at, the held-out ones, too."""
+    class Few(ToyFlowers):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.labels = self.labels[:60]
+
+    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 20, 64))
+    monkeypatch.setattr(lite0, "ConvDecoder", partial(lite0.ConvDecoder, width=32))
+    monkeypatch.setattr(lite0, "pretrained_network", lambda name: copy.deepcopy(random_lite0))   # an encoder prunes it
+    monkeypatch.setitem(DATASETS, "toy", DATASETS["toy"]._replace(
+        make=Few, held_out=lambda image_size: Few(image_size, "test")))
+    train.main(["--rae", "lite0", "--model", "SiT-T/1", "--steps", "1", "--decoder-steps", "1", "--report", "20",
+                "--out-dir", str(tmp_path / "run"), "--data-dir", str(tmp_path / "datasets"), "--device", "cpu"])
+    assert "| held-out (the floor)" in capsys.readouterr().out
+    before = kept(tmp_path / "run")
+    report.main([str(tmp_path / "run" / "ckpt.pt"), "--data-dir", str(tmp_path / "datasets"), "--device", "cpu"])
+    assert kept(tmp_path / "run")["held-out pictures"] == before["held-out pictures"]
+    assert before["held-out pictures"]["image_size"] == 128
 
 
 def test_pictures_in_memory_are_not_held_against_the_toy(tmp_path, monkeypatch, capsys):

@@ -15,8 +15,6 @@ import sphere
 import train
 from conftest import make_photos, train_args
 from data import centre_crop
-from rae import load_rae
-from utils.cli import UserError
 from utils.images import to_float, to_tensor, to_uint8
 
 

@@ -170,7 +170,7 @@ BAD_ARGUMENTS = [
     (train, 2, "--device cuda:99"), (train, 2, "--dataset photos --data-dir photos"), (train, 2, "--dataset \x1b[2J"),
     (train, 2, "--dataset photos --data-dir photos/cache"), (train, 2, "--dataset photos --out-dir photos/run"),
     (train, 2, "--dataset photos --rae pixels --image-size 40"), (train, 2, "--report 1"),
-    (train, 2, "--encode-only --cache-latents no"), (train, 2, "--weights-dir photos"),
+    (train, 2, "--encode-only --cache-latents no"), (train, 2, "--dataset photos --rae pixels --weights-dir photos"),
     (train, 2, "--dataset photos --rae lite0 --init-from CKPT --decoder-steps 5"), (sample, 2, "--npz --out pictures/"),
     (train, 2, "--dataset imagenet --split test"), (train, 1, "--dataset photos/left/0.png"),
     (train, 1, "--dataset circle/"), (train, 1, "--dataset photos --data-dir file/deep"), (train, 1, f"--dataset ./{'n' * 300}"),

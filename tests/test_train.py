@@ -384,20 +384,6 @@ def test_pictures_in_memory_train_and_sample(tmp_path, capsys):
     assert "1 classes in turn: odd" in capsys.readouterr().out
 
 
-def test_a_data_set_of_ones_own_says_what_it_likes_of_itself(tmp_path, capsys):
-    """And a setting that means nothing to a run, whose default has changed since, does not part them."""
-    dataset = InMemory(torch.zeros((20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 2, ["even", "odd"])
-    dataset.recipe = {"source": "mine"}
-    argv = [*train_args(tmp_path), "--report", "4", "--dataset", "own"]
-    train.run_on(train.parse_args([*argv, "--steps", "1"]), dataset)
-    assert "| 4 steps" in capsys.readouterr().out
-    checkpoint = load(tmp_path)
-    checkpoint["args"]["decoder_steps"] += 1
-    torch.save(checkpoint, tmp_path / "out" / "run" / "ckpt.pt")
-    train.run_on(train.parse_args([*argv, "--steps", "2"]), dataset)
-    assert load(tmp_path)["step"] == 2
-
-
 def test_a_logger_is_one_line(photos, tmp_path, monkeypatch):
     """A function of a step and a dict, whatever the losses are called."""
     assert "my_loss 1.25 |" in train.log_line(4, {"step": 4, "epoch": 0.1, "my_loss": 1.25, "grad_norm": 1.0, "lr": 1.0,

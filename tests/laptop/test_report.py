@@ -382,6 +382,21 @@ def test_pictures_in_memory_are_not_held_against_the_toy(tmp_path, monkeypatch, 
                        "toy")
 
 
+def test_a_data_set_of_ones_own_says_what_it_likes_of_itself(tmp_path, monkeypatch, capsys):
+    """And a setting that means nothing to a run, whose default has changed since, does not part them."""
+    monkeypatch.setattr(toy.networks, "__defaults__", (None, None, 20, 64))
+    dataset = InMemory(torch.zeros((20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 2, ["even", "odd"])
+    dataset.recipe = {"source": "mine"}
+    argv = [*train_args(tmp_path), "--report", "4", "--dataset", "own"]
+    train.run_on(train.parse_args([*argv, "--steps", "1"]), dataset)
+    assert "| 4 steps" in capsys.readouterr().out
+    checkpoint = torch.load(tmp_path / "out" / "run" / "ckpt.pt", weights_only=True)
+    checkpoint["args"]["decoder_steps"] += 1
+    torch.save(checkpoint, tmp_path / "out" / "run" / "ckpt.pt")
+    train.run_on(train.parse_args([*argv, "--steps", "2"]), dataset)
+    assert torch.load(tmp_path / "out" / "run" / "ckpt.pt", weights_only=True)["step"] == 2
+
+
 def test_a_report_that_cannot_be_made_fails_no_run(tmp_path, capsys):
     make_photos(tmp_path / "photos", each=1)
     train.main(train_args(tmp_path, "--steps", "1", "--report", "20"))
